@@ -1,0 +1,1 @@
+"""Neuromodulatory Control Networks."""
