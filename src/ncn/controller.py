@@ -1,0 +1,217 @@
+"""Where control signals come from: the controller (equations 2, 3, 7) and the two control arms it is compared with.
+
+All three answer the same question, "which raw signals do the layers from tap m on get, given the hidden state that
+enters layer m?", so the model does not know which of them it holds:
+
+=============  =======================  ==================================================
+kind           taps                     raw signals
+=============  =======================  ==================================================
+`Controller`   as configured, (0,)      salience-pooled context + local state, through a small network
+`LocalGates`   every layer              a linear read-out of the layer's own input
+`StaticGates`  (0,)                     learned constants
+=============  =======================  ==================================================
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ncn.cache import Cache
+from ncn.config import NCNConfig
+from ncn.salience import SalienceState, pool
+from ncn.signals import SignalLayout
+from ncn.types import Hidden, Segments
+
+Raw = Float[Tensor, "batch tokens layers outputs"]
+
+
+class SignalSource(nn.Module, ABC):
+    """Produces the raw signals z; `SignalLayout.split` maps them into their ranges."""
+
+    taps: tuple[int, ...]
+
+    @abstractmethod
+    def forward(self, tap: int, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
+        """Raw signals for the layers that `tap` serves, from the hidden state that enters layer `tap`."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Initialise so that every signal starts exactly at its neutral value (equation 7).
+
+        The model calls this last: a later model-wide initialisation would wipe the neutral start.
+        """
+
+
+class Controller(SignalSource):
+    """The neuromodulatory controller: one small network for each tap."""
+
+    def __init__(self, config: NCNConfig) -> None:
+        super().__init__()
+        assert config.controller is not None
+        self.taps = config.controller.taps
+        ends = (*self.taps[1:], config.num_layers)
+        self.networks = nn.ModuleDict(
+            {
+                str(tap): ControllerNetwork(config, served=end - tap, name=f"tap{tap}")
+                for tap, end in zip(self.taps, ends, strict=True)
+            }
+        )
+
+    def forward(self, tap: int, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
+        raw: Tensor = self.networks[str(tap)](hidden, segments, cache)
+        return raw
+
+    def reset_parameters(self) -> None:
+        for network in self.networks.values():
+            assert isinstance(network, ControllerNetwork)
+            network.reset_parameters()
+
+
+class ControllerNetwork(nn.Module):
+    """Equations (1) and (2) at one tap, for the `served` layers from there on."""
+
+    def __init__(self, config: NCNConfig, served: int, name: str) -> None:
+        super().__init__()
+        controller = config.controller
+        assert controller is not None
+        self.name, self.served = name, served
+        self.layout = SignalLayout.of(config)
+        self.pools, self.width, self.kernel = controller.pooling_heads, controller.width, controller.phasic_kernel
+        self.context_length = config.context_length
+        self.has_phasic = controller.phasic
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        # One matrix reads salience scores (the k of equation 1), values and the phasic input together.
+        self.read = nn.Linear(config.d_model, self.pools + self.width * (2 if self.has_phasic else 1), bias=False)
+        self.log_decay = nn.Parameter(torch.empty(self.pools))
+        self.phasic_filter = nn.Parameter(torch.empty(self.kernel, self.width)) if self.has_phasic else None
+        self.input_norm = nn.RMSNorm(self.width, eps=config.norm_eps)
+        self.expand = nn.Linear(self.width, controller.hidden)
+        self.output = nn.Linear(controller.hidden, served * sum(self.layout.sizes))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.norm.weight)
+        nn.init.ones_(self.input_norm.weight)
+        nn.init.normal_(self.read.weight, std=self.read.in_features**-0.5)
+        # Salience starts nearly flat, and the heads' memories span the context, in equal ratios down to four tokens.
+        nn.init.normal_(self.read.weight[: self.pools], std=0.02)
+        with torch.no_grad():
+            shares = torch.linspace(0, 1, self.pools) if self.pools > 1 else torch.zeros(1)
+            longest, shortest = math.log(max(self.context_length, 4)), math.log(4)
+            self.log_decay.copy_(-(longest + (shortest - longest) * shares))
+        if self.phasic_filter is not None:
+            nn.init.normal_(self.phasic_filter, std=0.5 * self.kernel**-0.5)
+            nn.init.ones_(self.phasic_filter[0])
+        nn.init.normal_(self.expand.weight, std=self.width**-0.5)
+        nn.init.zeros_(self.expand.bias)
+        nn.init.zeros_(self.output.weight)
+        with torch.no_grad():
+            self.output.bias.copy_(self.layout.initial_bias().repeat(self.served))
+
+    def forward(self, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
+        batch, tokens, d_model = hidden.shape
+        read = self.read(self.norm(hidden))
+        # Pooling runs in float32 at least: its exponentials and long sums do not survive bfloat16.
+        read = read if read.dtype == torch.float64 else read.float()
+        scores, values, phasic = read.split([self.pools, self.width, self.width if self.has_phasic else 0], dim=-1)
+        state = pool(
+            scores / math.sqrt(d_model),  # a of equation (1)
+            values.unflatten(-1, (self.pools, -1)),
+            self.log_decay.exp(),
+            segments,
+            self._past(cache),
+        )
+        context = state.mean.flatten(2)  # c of equation (1)
+        if self.phasic_filter is not None:
+            context = context + self._phasic(phasic, segments, cache)
+        if cache is not None:
+            cache.write(f"{self.name}.log_weight", state.log_weight)
+            cache.write(f"{self.name}.mean", state.mean)
+        raw: Tensor = self.output(torch.tanh(self.expand(self.input_norm(context))))  # equation (2)
+        return raw.unflatten(-1, (self.served, -1))
+
+    def _past(self, cache: Cache | None) -> SalienceState | None:
+        if cache is None or not cache.length:
+            return None
+        segment = cache.last("segments", 1)
+        log_weight, mean = cache.last(f"{self.name}.log_weight", 1), cache.last(f"{self.name}.mean", 1)
+        assert log_weight is not None
+        assert mean is not None
+        return SalienceState(log_weight, mean, segment)
+
+    def _phasic(self, inputs: Tensor, segments: Tensor | None, cache: Cache | None) -> Tensor:
+        """φ: a causal convolution over the last few tokens of the same segment, one filter per channel."""
+        assert self.phasic_filter is not None
+        before = self.kernel - 1
+        history = cache.last(f"{self.name}.phasic", before) if cache is not None else None
+        if cache is not None:
+            cache.write(f"{self.name}.phasic", inputs)
+        missing = before - (0 if history is None else history.shape[1])
+        parts = [inputs] if history is None else [history, inputs]
+        padded = F.pad(torch.cat(parts, 1), (0, 0, missing, 0))
+        tokens = inputs.shape[1]
+        if segments is not None:
+            old = cache.last("segments", before) if cache is not None else None
+            known = segments if old is None else torch.cat([old, segments], 1)
+            padded_segments = F.pad(known, (before + tokens - known.shape[1], 0), value=-1)
+        result = self.phasic_filter[0] * inputs
+        for age in range(1, self.kernel):
+            shifted = padded[:, before - age : before - age + tokens]
+            if segments is not None:
+                same = padded_segments[:, before - age : before - age + tokens] == segments
+                shifted = shifted * same[..., None]
+            result = torch.addcmul(result, self.phasic_filter[age], shifted)
+        return result
+
+
+class LocalGates(SignalSource):
+    """Control arm: every layer reads its own signals from its own input, with one linear map."""
+
+    def __init__(self, config: NCNConfig) -> None:
+        super().__init__()
+        self.layout = SignalLayout.of(config)
+        self.taps = tuple(range(config.num_layers))
+        self.eps = config.norm_eps
+        self.readouts = nn.ModuleList(
+            nn.Linear(config.d_model, sum(self.layout.sizes)) for _ in range(config.num_layers)
+        )
+
+    def forward(self, tap: int, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
+        raw: Tensor = self.readouts[tap](F.rms_norm(hidden, hidden.shape[-1:], eps=self.eps))
+        return raw.unsqueeze(2)
+
+    def reset_parameters(self) -> None:
+        for readout in self.readouts:
+            assert isinstance(readout, nn.Linear)
+            nn.init.zeros_(readout.weight)
+            with torch.no_grad():
+                readout.bias.copy_(self.layout.initial_bias())
+
+
+class StaticGates(SignalSource):
+    """Control arm: learned constants, the same for every token."""
+
+    def __init__(self, config: NCNConfig) -> None:
+        super().__init__()
+        self.layout = SignalLayout.of(config)
+        self.taps = (0,)
+        self.raw = nn.Parameter(torch.empty(config.num_layers, sum(self.layout.sizes)))
+
+    def forward(self, tap: int, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
+        return self.raw.expand(*hidden.shape[:2], -1, -1)
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.raw.copy_(self.layout.initial_bias())
+
+
+def signal_source(config: NCNConfig) -> SignalSource | None:
+    """The source that the configuration asks for; None for the static baseline."""
+    if config.controller is None:
+        return None
+    return {"ncn": Controller, "local": LocalGates, "static": StaticGates}[config.controller.kind](config)

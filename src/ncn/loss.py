@@ -1,0 +1,84 @@
+"""Cross-entropy over a large vocabulary, a chunk of tokens at a time: the logits of a whole batch never exist at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED = -100
+"""Target that means "no target here"."""
+
+
+def chunked_cross_entropy(
+    hidden: Float[Tensor, "positions width"],
+    weight: Float[Tensor, "vocabulary width"],
+    targets: Int[Tensor, " positions"],
+    chunk: int = 512,
+) -> Float[Tensor, ""]:
+    """Sum over the positions that have a target of −log softmax(hidden · weightᵀ)[target], in nats.
+
+    The gradients of a chunk are formed while its logits are at hand, so that nothing is computed twice and the peak is
+    one chunk's logits: `chunk` × vocabulary numbers. The products run in autocast's precision, the softmax in float32
+    or better.
+    """
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        device = hidden.device.type
+        exact = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
+        product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        with torch.autocast(device, enabled=False):
+            states, matrix = hidden.to(product), weight.to(product)
+            total = torch.zeros((), dtype=exact, device=hidden.device)
+            hidden_grad = torch.empty_like(hidden) if need_hidden else None
+            weight_grad = torch.zeros_like(weight) if need_weight else None
+            for start in range(0, len(states), chunk):
+                part = slice(start, start + chunk)
+                target = targets[part]
+                kept = target != IGNORED
+                label = target.clamp(min=0)[:, None]
+                logits = (states[part] @ matrix.T).to(exact)
+                log_total = torch.logsumexp(logits, -1, keepdim=True)
+                total += ((log_total - logits.gather(1, label)).squeeze(1) * kept).sum()
+                if hidden_grad is None and weight_grad is None:
+                    continue
+                gradient = logits.sub_(log_total).exp_()  # softmax, in the logits' own memory
+                gradient.scatter_add_(1, label, gradient.new_full((1, 1), -1.0).expand_as(label))
+                gradient = gradient.mul_(kept[:, None]).to(product)
+                if hidden_grad is not None:
+                    hidden_grad[part] = gradient @ matrix
+                if weight_grad is not None:
+                    if product == weight_grad.dtype:
+                        weight_grad.addmm_(gradient.T, states[part])
+                    else:
+                        weight_grad += gradient.T @ states[part]
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        (scale,) = grad_outputs
+        return (
+            None if hidden_grad is None else hidden_grad * scale,
+            None if weight_grad is None else weight_grad * scale,
+            None,
+            None,
+        )
+
+
+def cross_entropy_per_token(
+    logits: Float[Tensor, "batch tokens vocabulary"], targets: Int[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch tokens"]:
+    """−log softmax(logits)[target] at every position, in nats; zero where there is no target."""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view(targets.shape)

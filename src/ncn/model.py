@@ -1,0 +1,387 @@
+"""The language model, top to bottom: a pre-norm transformer whose layers obey control signals (equation 5).
+
+    x' = x + g · Attention(Norm x; β, η)        x'' = x' + g · γ · FFN(Norm x')
+
+Without a controller the same code is the static baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ncn.cache import Cache
+from ncn.config import NCNConfig
+from ncn.controller import signal_source
+from ncn.errors import UserError
+from ncn.loss import IGNORED, chunked_cross_entropy
+from ncn.signals import SignalLayout, homeostatic_loss
+from ncn.types import AttentionMask, Hidden, Logits, Segments, Signal, TokenIds
+
+Frozen = Mapping[str, Tensor]
+"""Signals held at given values: name to a tensor that broadcasts to (batch, tokens, layers[, sites])."""
+
+
+@dataclass
+class ModelOutput:
+    """What a forward pass gives: `logits`, and on request the `signals` and their `homeostatic_loss` (equation 6)."""
+
+    logits: Logits
+    signals: dict[str, Signal] | None = None
+    homeostatic_loss: Float[Tensor, ""] | None = None
+
+
+class ModulatedTransformer(nn.Module):
+    """A causal language model with a controller (`config.controller`), or without one (None: the static baseline)."""
+
+    def __init__(self, config: NCNConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.position_embedding = (
+            nn.Embedding(config.context_length, config.d_model) if config.positions == "learned" else None
+        )
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.controller = signal_source(config)
+        self.layout = SignalLayout.of(config) if config.controller else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """All initialisation, in one place. The backbone comes first, so that models which differ only in their
+        controller start from the same weights under the same seed; the controller's neutral start comes last."""
+        std, config = self.config.init_std, self.config
+        for name, parameter in self.named_parameters():
+            if name.startswith("controller."):
+                continue
+            if parameter.ndim < 2:
+                nn.init.ones_(parameter)  # the weights of the norms: the backbone has no biases
+            else:
+                # what writes into the residual stream is scaled down by the number of writers, as in GPT-2
+                writes = name.endswith(("attention.output.weight", "ffn.down.weight"))
+                nn.init.normal_(parameter, std=std / (2 * config.num_layers) ** 0.5 if writes else std)
+        if self.controller is not None:
+            self.controller.reset_parameters()
+
+    def forward(
+        self,
+        input_ids: TokenIds,
+        attention_mask: Bool[Tensor, "batch tokens"] | None = None,
+        *,
+        cache: Cache | None = None,
+        output_signals: bool = False,
+        frozen: Frozen | None = None,
+        last_only: bool = False,
+    ) -> ModelOutput:
+        """Logits for every position (or the last one only).
+
+        `attention_mask` is False at padding, which may stand on the left of a sequence. `cache` continues what it
+        holds, and is extended. `frozen` replaces signals by given values. Raises `UserError` for token ids outside the
+        vocabulary and for sequences beyond the context length.
+        """
+        hidden, signals = self.hidden_states(
+            self._embed(input_ids), input_ids, attention_mask, cache=cache, frozen=frozen
+        )
+        logits = self.logits(hidden[:, -1:] if last_only else hidden)
+        if not output_signals:
+            return ModelOutput(logits)
+        return ModelOutput(logits, signals, homeostatic_loss(signals) if signals else logits.new_zeros(()))
+
+    def loss(
+        self, input_ids: TokenIds, targets: TokenIds, *, frozen: Frozen | None = None, chunk: int = 512
+    ) -> tuple[Float[Tensor, ""], dict[str, Signal]]:
+        """Cross-entropy summed over the targets that are not -100, in nats, and the signals; never holds all logits."""
+        hidden, signals = self.hidden_states(self._embed(input_ids), input_ids, frozen=frozen)
+        return chunked_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten(), chunk), signals
+
+    @property
+    def output_weight(self) -> Float[Tensor, "vocabulary width"]:
+        """The matrix that turns hidden states into logits."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden: Hidden) -> Logits:
+        return F.linear(hidden, self.output_weight)
+
+    def _embed(self, input_ids: TokenIds) -> Hidden:
+        if not torch.compiler.is_compiling() and input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = torch.aminmax(input_ids)
+            if low < 0 or high >= self.config.vocab_size:
+                raise UserError(
+                    f"token id {int(high if low >= 0 else low)} lies outside the vocabulary of {self.config.vocab_size}; "
+                    "does the tokenizer belong to this model?"
+                )
+        embeddings: Tensor = self.embedding(input_ids)
+        return embeddings
+
+    def hidden_states(
+        self,
+        embeddings: Hidden,
+        input_ids: TokenIds | None = None,
+        attention_mask: Bool[Tensor, "batch tokens"] | None = None,
+        *,
+        cache: Cache | None = None,
+        frozen: Frozen | None = None,
+    ) -> tuple[Hidden, dict[str, Signal]]:
+        """The final, normalised hidden states and the signals, from token embeddings.
+
+        `input_ids` are needed only to find document borders.
+        """
+        config, tokens = self.config, embeddings.shape[1]
+        start = cache.length if cache is not None else 0
+        if start + tokens > config.context_length:
+            raise UserError(
+                f"{start + tokens} tokens do not fit into the model's context of {config.context_length}; "
+                "shorten the text or train with a larger context_length"
+            )
+        segments = self._segments(embeddings, input_ids, attention_mask, cache)
+        positions = _positions(segments, cache, start, tokens, embeddings.device)
+        mask = _attention_mask(segments, cache, start, tokens, embeddings.device)
+        x = embeddings
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions)
+        rotation = None if config.positions == "learned" else rotary_tables(positions, config, x.dtype)
+
+        collected: dict[str, list[Tensor]] = {}
+        served: list[dict[str, Tensor]] = []
+        for index, layer in enumerate(self.layers):
+            if self.controller is not None and index in self.controller.taps:
+                assert self.layout is not None
+                # the controller of tap 0 reads the embeddings themselves, without positions
+                tapped = embeddings if index == 0 else x
+                signals = self.layout.split(self.controller(index, tapped, segments, cache))
+                if frozen:
+                    signals = {name: _freeze(name, signal, frozen, index) for name, signal in signals.items()}
+                for name, signal in signals.items():
+                    collected.setdefault(name, []).append(signal)
+                parts = {name: signal.unbind(2) for name, signal in signals.items()}
+                count = next(iter(signals.values())).shape[2]
+                served = [{name: part[i] for name, part in parts.items()} for i in range(count)]
+                first = index
+            x = layer(x, served[index - first] if served else {}, rotation, mask, cache)
+        if cache is not None:
+            cache.advance(tokens)
+        return self.norm(x), {
+            name: parts[0] if len(parts) == 1 else torch.cat(parts, 2) for name, parts in collected.items()
+        }
+
+    def _segments(
+        self, embeddings: Hidden, input_ids: TokenIds | None, attention_mask: Tensor | None, cache: Cache | None
+    ) -> Segments | None:
+        """Which document each position belongs to, 0 at padding; None when all positions are of one."""
+        before = cache.last("segments", 1) if cache is not None else None
+        separate = not self.config.cross_documents
+        if before is None and attention_mask is None and not separate:
+            return None
+        if (
+            cache is not None
+            and cache.length
+            and before is None
+            and attention_mask is not None
+            and attention_mask.all()
+        ):
+            return None  # a mask of ones, after a start without padding
+        shape = embeddings.shape[:2]
+        first = torch.zeros(shape[0], 1, dtype=torch.long, device=embeddings.device) if before is None else before
+        if separate:
+            if input_ids is None:
+                raise UserError("this model separates documents, and finds them by input_ids, which are missing")
+            # a separator begins a document; so does the first real token, whatever it is
+            begins = input_ids == self.config.separator_id
+            segments = first.clamp(min=1) + begins.cumsum(1)
+        else:
+            segments = first.clamp(min=1).expand(shape)
+        if attention_mask is not None:
+            segments = segments * attention_mask
+        if cache is not None:
+            cache.write("segments", segments)
+        return segments
+
+
+class Layer(nn.Module):
+    """One transformer layer under control (equation 5)."""
+
+    def __init__(self, config: NCNConfig, index: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = Attention(config, index)
+        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(
+        self,
+        x: Hidden,
+        signals: Mapping[str, Tensor],
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: AttentionMask | None,
+        cache: Cache | None,
+    ) -> Hidden:
+        gain, gate = signals.get("gain"), signals.get("ffn_gate")
+        attention_gain, ffn_gain = (gain, gain) if gain is None or gain.ndim == 2 else gain.unbind(-1)
+        attended = self.attention(
+            self.attention_norm(x), signals.get("precision"), signals.get("head_gate"), rotation, mask, cache
+        )
+        x = _add(x, attended, attention_gain)
+        scale = gate if ffn_gain is None else ffn_gain if gate is None else ffn_gain * gate  # g · γ
+        return _add(x, self.ffn(self.ffn_norm(x)), scale)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; β sharpens the queries, η scales each head's output."""
+
+    def __init__(self, config: NCNConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
+        self.qkv = nn.Linear(config.d_model, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.query_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.key_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.output = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(
+        self,
+        x: Hidden,
+        precision: Tensor | None,
+        head_gate: Tensor | None,
+        rotation: tuple[Tensor, Tensor] | None,
+        mask: AttentionMask | None,
+        cache: Cache | None,
+    ) -> Hidden:
+        queries, keys, values = (
+            self.qkv(x).unflatten(-1, (-1, self.head_dim)).split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        if rotation is not None:
+            queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+        if precision is not None:
+            scale = precision[..., None] if precision.ndim == 3 else precision[..., None, None]
+            queries = queries * scale.to(queries.dtype)
+        continued = False
+        if cache is not None:
+            continued = cache.length > 0
+            keys, values = cache.write(f"keys.{self.index}", keys), cache.write(f"values.{self.index}", values)
+        attended = F.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and not continued,
+            enable_gqa=self.kv_heads != self.heads,
+        ).transpose(1, 2)
+        if head_gate is not None:
+            attended = attended * head_gate[..., None].to(attended.dtype)
+        projected: Tensor = self.output(attended.flatten(2))
+        return projected
+
+
+class FeedForward(nn.Module):
+    """GELU or SwiGLU feed-forward block without biases."""
+
+    def __init__(self, config: NCNConfig) -> None:
+        super().__init__()
+        self.gated = config.activation == "swiglu"
+        self.up = nn.Linear(config.d_model, config.ffn_width * (2 if self.gated else 1), bias=False)
+        self.down = nn.Linear(config.ffn_width, config.d_model, bias=False)
+
+    def forward(self, x: Hidden) -> Hidden:
+        if self.gated:
+            gate, value = self.up(x).chunk(2, dim=-1)
+            inner = F.silu(gate) * value
+        else:
+            inner = F.gelu(self.up(x))
+        down: Tensor = self.down(inner)
+        return down
+
+
+def rotary_tables(positions: Tensor, config: NCNConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles, each (batch or 1, tokens, 1, head_dim / 2)."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=exact) / config.head_dim
+    angles = positions[..., None].to(exact) * config.rope_theta**-exponents
+    return angles.cos()[:, :, None], angles.sin()[:, :, None]
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the pairs (i, i + head_dim/2) of the last axis by the angles of `rotary_tables`."""
+    cosine, sine = (table.to(x.dtype) for table in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
+
+
+def _add(x: Tensor, written: Tensor, scale: Tensor | None) -> Tensor:
+    """x + scale · written, in one pass over memory."""
+    return x + written if scale is None else torch.addcmul(x, written.to(x.dtype), scale[..., None].to(x.dtype))
+
+
+def _freeze(name: str, signal: Tensor, frozen: Frozen, first: int) -> Tensor:
+    if name not in frozen:
+        return signal
+    value, layers = frozen[name].to(signal), signal.shape[2]
+    if value.ndim > 2 and value.shape[2] != 1:  # given for all layers of the model: this tap's share
+        value = value[:, :, first : first + layers]
+    return value.expand(signal.shape)
+
+
+def _positions(segments: Tensor | None, cache: Cache | None, start: int, tokens: int, device: torch.device) -> Tensor:
+    """Index of each position within its segment, so that neither padding nor an earlier document counts."""
+    index = torch.arange(tokens, device=device)[None]
+    if segments is None:
+        return index + start
+    before = cache.last("segments", 1) if cache is not None else None
+    before = torch.full_like(segments[:, :1], -1) if before is None else before
+    begins = torch.cat([before, segments[:, :-1]], 1) != segments
+    latest = torch.where(begins, index, -1).cummax(1).values
+    held = cache.last("positions", 1) if cache is not None else None
+    continued = index if held is None else held + 1 + index
+    positions = torch.where(latest < 0, continued, index - latest)
+    if cache is not None:
+        cache.write("positions", positions)
+    return positions
+
+
+def _attention_mask(
+    segments: Tensor | None, cache: Cache | None, start: int, tokens: int, device: torch.device
+) -> AttentionMask | None:
+    """Which slots each position may read: those before it in its own segment. None where causality says it all."""
+    if segments is None and (start == 0 or tokens == 1):
+        return None
+    slots = torch.arange(start + tokens, device=device)
+    visible = (slots <= slots[start:, None])[None, None]
+    if segments is None:
+        return visible
+    held = segments
+    if cache is not None and start:
+        earlier = cache.last("segments", start)
+        assert earlier is not None
+        held = torch.cat([earlier, segments], 1)
+    return visible & (segments[:, None, :, None] == held[:, None, None, :])
+
+
+def parameter_groups(model: ModulatedTransformer) -> dict[str, int]:
+    """Parameters by part of the model; the parts add up to the whole."""
+    groups = dict.fromkeys(("embedding", "attention", "feed-forward", "norms", "output head", "controller"), 0)
+    for name, parameter in model.named_parameters():
+        part = (
+            "controller"
+            if name.startswith("controller.")
+            else "norms"
+            if "norm" in name
+            else "attention"
+            if ".attention." in name
+            else "feed-forward"
+            if ".ffn." in name
+            else "output head"
+            if name.startswith("head.")
+            else "embedding"
+        )
+        groups[part] += parameter.numel()
+    assert sum(groups.values()) == sum(parameter.numel() for parameter in model.parameters())
+    return groups

@@ -1,0 +1,25 @@
+"""The axes of every tensor in the package, and the aliases built from them.
+
+==========  =====================================================================
+batch       sequences
+tokens      positions of the sequences at hand
+slots       positions held by a cache: those before, then those at hand
+layers      transformer layers
+heads       attention heads; kv_heads: key/value heads, fewer under grouped-query attention
+head_dim    width of one head
+width       width of the residual stream (d_model), or of the controller's input
+pools       heads of the salience pooling; values: width of what one of them pools
+==========  =====================================================================
+"""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+TokenIds = Int[Tensor, "batch tokens"]
+Segments = Int[Tensor, "batch tokens"]
+"""Which document each position belongs to; 0 is padding. Positions see one another only within one segment."""
+Hidden = Float[Tensor, "batch tokens width"]
+Logits = Float[Tensor, "batch tokens vocabulary"]
+Signal = Float[Tensor, "batch tokens layers"] | Float[Tensor, "batch tokens layers sites"]
+"""A control signal: one value per layer, or one per head (or sublayer) of each layer."""
+AttentionMask = Bool[Tensor, "batch 1 tokens slots"]
