@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -19,20 +19,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ncn.errors import UserError
 
 SignalName = Literal["gain", "precision", "ffn_gate", "head_gate"]
+Config = TypeVar("Config", bound="_Config")
 
 
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> Self:
+    def parse(cls: type[Config], values: Mapping[str, Any]) -> Config:
         """Validate `values`; raises `UserError` with one line that names the field and, for a misspelt one, the nearest."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
             raise UserError(_one_line(error, cls)) from None
 
-    def override(self, **changes: Any) -> Self:
+    def override(self: Config, **changes: Any) -> Config:
         """A copy with fields replaced; nested fields may be given as mappings, and everything is validated again."""
         return self.parse(_merge(self.model_dump(), changes))
 
@@ -70,7 +71,7 @@ class ControllerConfig(_Config):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> ControllerConfig:
         if not self.signals or len(set(self.signals)) != len(self.signals):
             raise ValueError("controller.signals must name each signal once, and at least one")
         if self.width % self.pooling_heads:
@@ -108,7 +109,7 @@ class NCNConfig(_Config):
     controller: ControllerConfig | None = Field(default_factory=ControllerConfig, description="None: static baseline")
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _consistent(self) -> NCNConfig:
         if self.d_model % self.num_heads:
             raise ValueError(f"d_model ({self.d_model}) must be a multiple of num_heads ({self.num_heads})")
         if self.num_heads % self.kv_heads:

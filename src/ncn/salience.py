@@ -81,7 +81,11 @@ def pool(
             whole(inside.log_weight), whole(inside.mean), None if segments is None else segments[:, :tokens]
         )
     steps = torch.arange(1, size + 1, device=scores.device, dtype=scores.dtype)
-    before = SalienceState(*(None if part is None else part.reshape(-1, 1, *part.shape[2:]) for part in before))
+    before = SalienceState(
+        before.log_weight.reshape(-1, 1, pools),
+        before.mean.reshape(-1, 1, *before.mean.shape[2:]),
+        None if before.segment is None else before.segment.reshape(-1, 1),
+    )
     merged = _merge(before, inside, steps[None, :, None] * decay)
     return SalienceState(
         whole(merged.log_weight), whole(merged.mean), None if merged.segment is None else whole(merged.segment)

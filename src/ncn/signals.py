@@ -75,22 +75,22 @@ def _published_precision_inverse(value: float) -> float:
     return math.log(math.expm1(value - 0.01))
 
 
-_GAIN = RangeMap(_twice_sigmoid, _logit_half, 0, 2)
+_GAIN = RangeMap(_twice_sigmoid, _logit_half, 0.0, 2.0)
 _SIGNALS = (
     SignalSpec("gain", "g", "sublayer output before the residual sum", smooth=_GAIN, published=_GAIN),
     SignalSpec(
         "precision",
         "β",
         "queries, after RoPE and QK-norm",
-        smooth=RangeMap(_four_to_tanh, _four_to_tanh_inverse, 0.25, 4),
-        published=RangeMap(_published_precision, _published_precision_inverse, 0.01, 4),
+        smooth=RangeMap(_four_to_tanh, _four_to_tanh_inverse, 0.25, 4.0),
+        published=RangeMap(_published_precision, _published_precision_inverse, 0.01, 4.0),
     ),
     SignalSpec(
         "ffn_gate",
         "γ",
         "feed-forward output",
-        smooth=RangeMap(_shifted_sigmoid, _shifted_sigmoid_inverse, 0, 1 / _SIGMOID_3),
-        published=RangeMap(torch.sigmoid, lambda value: math.log(value / (1 - value)), 0, 1, start=_SIGMOID_3),
+        smooth=RangeMap(_shifted_sigmoid, _shifted_sigmoid_inverse, 0.0, 1 / _SIGMOID_3),
+        published=RangeMap(torch.sigmoid, lambda value: math.log(value / (1 - value)), 0.0, 1.0, start=_SIGMOID_3),
     ),
     SignalSpec("head_gate", "η", "each head's attention output, before the output projection", _GAIN, None),
 )
@@ -151,7 +151,7 @@ class SignalLayout:
         The maps run in float32 or better: a gain of 1 + 2⁻¹⁰ must not round to 1.
         """
         raw = raw if raw.dtype == torch.float64 else raw.float()
-        parts = raw.split(self.sizes, dim=-1)
+        parts = torch.split(raw, self.sizes, dim=-1)
         return {
             name: mapping.forward(part).reshape(*raw.shape[:-1], *shape)
             for name, shape, mapping, part in zip(self.names, self.shapes, self.maps, parts, strict=True)
