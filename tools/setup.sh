@@ -48,8 +48,8 @@ find_python() {
 rm -f "$stamp"
 if ! suitable "$venv/bin/python" || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     python=$(find_python)
-    [ -n "$python" ] || fail "no Python 3.11 or newer (with the venv module) among ${PYTHON:-python3.13, python3.12, python3.11, python3}" \
-        "(python3 is $(python3 --version 2>/dev/null || echo missing)); install one, or name it: PYTHON=/path/to/python make install"
+    [ -n "$python" ] || fail "found no Python 3.11 or newer with its venv module (python3 is $(python3 --version 2>/dev/null || echo missing));" \
+        "install one, or name it: PYTHON=/path/to/python3.11 make install"
     "$python" -m venv --clear "$venv"
 fi
 python=$venv/bin/python
