@@ -1,10 +1,42 @@
-"""Neuromodulatory Control Networks."""
+"""Neuromodulatory Control Networks: language models that tune themselves, token by token.
 
-from ncn import published
-from ncn.cache import Cache
-from ncn.config import ControllerConfig, NCNConfig, Recipe, TrainConfig
-from ncn.errors import UserError
-from ncn.model import ModelOutput, ModulatedTransformer
+The public names below are loaded on first use, so that importing the package stays light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ncn import published
+    from ncn.brain_scan import Scan
+    from ncn.cache import Cache
+    from ncn.config import ControllerConfig, NCNConfig, Recipe, TrainConfig
+    from ncn.data import TokenDataset
+    from ncn.errors import UserError
+    from ncn.evaluate import bits_per_byte
+    from ncn.model import ModelOutput, ModulatedTransformer
+    from ncn.scanner import scan
+    from ncn.store import load, save_model
+    from ncn.tokenizer import Tokenizer
+
+_HOMES = {
+    "Cache": "cache",
+    "ControllerConfig": "config",
+    "ModelOutput": "model",
+    "ModulatedTransformer": "model",
+    "NCNConfig": "config",
+    "Recipe": "config",
+    "Scan": "brain_scan",
+    "TokenDataset": "data",
+    "Tokenizer": "tokenizer",
+    "TrainConfig": "config",
+    "UserError": "errors",
+    "bits_per_byte": "evaluate",
+    "load": "store",
+    "published": "published",
+    "save_model": "store",
+    "scan": "scanner",
+}
 
 __all__ = [
     "Cache",
@@ -13,7 +45,27 @@ __all__ = [
     "ModulatedTransformer",
     "NCNConfig",
     "Recipe",
+    "Scan",
+    "TokenDataset",
+    "Tokenizer",
     "TrainConfig",
     "UserError",
+    "bits_per_byte",
+    "load",
     "published",
+    "save_model",
+    "scan",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ncn' has no attribute {name!r}")
+    module = import_module(f"ncn.{_HOMES[name]}")
+    value = module if name == "published" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -76,9 +76,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-def cross_entropy_per_token(
-    logits: Float[Tensor, "batch tokens vocabulary"], targets: Int[Tensor, "batch tokens"]
-) -> Float[Tensor, "batch tokens"]:
-    """−log softmax(logits)[target] at every position, in nats; zero where there is no target."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view(targets.shape)
+@torch.no_grad()
+def token_losses(
+    hidden: Float[Tensor, "positions width"],
+    weight: Float[Tensor, "vocabulary width"],
+    targets: Int[Tensor, " positions"],
+    chunk: int = 512,
+) -> Float[Tensor, " positions"]:
+    """−log softmax(hidden · weightᵀ)[target] at every position, in nats, in chunks; zero where there is no target."""
+    return torch.cat(
+        [
+            F.cross_entropy(F.linear(states, weight).float(), target, ignore_index=IGNORED, reduction="none")
+            for states, target in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        ]
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,7 +19,7 @@ from ncn.cache import Cache
 from ncn.config import NCNConfig
 from ncn.controller import signal_source
 from ncn.errors import UserError
-from ncn.loss import IGNORED, chunked_cross_entropy
+from ncn.loss import chunked_cross_entropy, token_losses
 from ncn.signals import SignalLayout, homeostatic_loss
 from ncn.types import AttentionMask, Hidden, Logits, Segments, Signal, TokenIds
 
@@ -101,6 +100,13 @@ class ModulatedTransformer(nn.Module):
         """Cross-entropy summed over the targets that are not -100, in nats, and the signals; never holds all logits."""
         hidden, signals = self.hidden_states(self._embed(input_ids), input_ids, frozen=frozen)
         return chunked_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten(), chunk), signals
+
+    def token_losses(
+        self, input_ids: TokenIds, targets: TokenIds, *, frozen: Frozen | None = None
+    ) -> Float[Tensor, "batch tokens"]:
+        """Cross-entropy at every position, in nats, zero where the target is -100; without gradients."""
+        hidden, _ = self.hidden_states(self._embed(input_ids), input_ids, frozen=frozen)
+        return token_losses(hidden.flatten(0, 1), self.output_weight, targets.flatten()).view(targets.shape)
 
     @property
     def output_weight(self) -> Float[Tensor, "vocabulary width"]:

@@ -2,7 +2,9 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 _LINE_SECONDS = 10.0
 
@@ -70,3 +72,59 @@ class ProgressReport:
             return ""
         left = seconds * (self.total_bytes - done_bytes) / done_bytes
         return f"{done_bytes / self.total_bytes:.1%}, {left:.0f} s left, "
+
+
+class TrainingProgress:
+    """Steps done of a known total, with loss, bits per byte, tokens a second and the time left, on standard error.
+
+    A bar on a terminal; elsewhere a plain line now and then.
+    """
+
+    def __init__(self, total_steps: int, tokens_per_step: int, step: int, enabled: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.total, self.tokens_per_step, self.first, self.enabled = total_steps, tokens_per_step, step, enabled
+        self.begun = self.noted = time.monotonic()
+        self.facts = ""
+        console = Console(stderr=True)
+        self.bar = (
+            Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.fields[facts]}"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("left"),
+                console=console,
+            )
+            if enabled and console.is_terminal
+            else None
+        )
+
+    def __enter__(self) -> "TrainingProgress":
+        if self.bar:
+            self.task = self.bar.add_task("", total=self.total, completed=self.first, facts="")
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def update(self, step: int, line: Mapping[str, Any] | None) -> None:
+        """Report `step` steps done, and a line of metrics if one was just logged."""
+        if not self.enabled:
+            return
+        now = time.monotonic()
+        if line is not None:
+            speed = (step - self.first) * self.tokens_per_step / max(now - self.begun, 1e-9)
+            self.facts = f"loss {line['loss']:.3f}  {line['bits_per_byte']:.3f} bits/byte  {speed:,.0f} tokens/s"
+        if self.bar:
+            self.bar.update(self.task, completed=step, facts=self.facts)
+        elif self.facts and (now - self.noted >= _LINE_SECONDS or step == self.total):
+            self.noted = now
+            left = (now - self.begun) / (step - self.first) * (self.total - step)
+            print(f"step {step}/{self.total}  {self.facts}  {left:.0f} s left", file=sys.stderr, flush=True)

@@ -1,0 +1,196 @@
+"""How good a model is: loss, perplexity and bits per byte over all of a text, by position, and without its signals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ncn.data import Batch, TokenDataset
+from ncn.errors import UserError
+from ncn.loss import IGNORED
+from ncn.model import Frozen, ModulatedTransformer
+from ncn.signals import SIGNALS
+from ncn.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss over a text.
+
+    `loss` is in nats a token, `bits_per_byte` counts the text's UTF-8 bytes (separators are predicted, but are no
+    bytes of the text), and `by_position[i]` is the loss at the positions with i tokens before them in the window,
+    averaged over each power-of-two range: keys "0", "1", "2-3", "4-7", ...
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+    by_position: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: ModulatedTransformer,
+    dataset: TokenDataset,
+    *,
+    context: int | None = None,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    frozen: Frozen | None = None,
+    autocast: torch.dtype | None = None,
+) -> Evaluation:
+    """Evaluate on fixed, non-overlapping windows of `context` tokens, every token of the file once.
+
+    `max_tokens` stops after that many, at the end of a batch; bits per byte then use the file's mean bytes a token.
+    """
+    check_vocabulary(model, dataset)
+    context = context or model.config.context_length
+    sums = torch.zeros(context, dtype=torch.float64)
+    counts = torch.zeros(context, dtype=torch.float64)
+    with _evaluating(model, autocast) as device:
+        for inputs, targets in dataset.windows(context, batch_size):
+            losses = model.token_losses(inputs.to(device), targets.to(device), frozen=frozen)
+            sums += losses.double().sum(0).cpu()
+            counts += (targets != IGNORED).sum(0)
+            if max_tokens is not None and counts.sum() >= max_tokens:
+                break
+    total, tokens = sums.sum().item(), int(counts.sum())
+    text_bytes = dataset.text_bytes * tokens / (dataset.tokens - 1)
+    return Evaluation(
+        loss=total / tokens,
+        perplexity=math.exp(total / tokens),
+        bits_per_byte=total / math.log(2) / text_bytes,
+        tokens=tokens,
+        by_position=_by_position(sums, counts),
+    )
+
+
+def bits_per_byte(model: ModulatedTransformer, tokenizer: Tokenizer, texts: Iterable[str]) -> float:
+    """Bits that the model needs per UTF-8 byte of `texts`, each read on its own after a separator.
+
+    A text longer than the context is read in windows that overlap by half, so that every token but the first few has
+    at least half a context before it. The end of a text is not part of it and is not scored.
+    """
+    nats, size, pending = 0.0, 0, []
+    for text in texts:
+        ids = tokenizer.encode(text)
+        size += len(text.encode())
+        pending.extend(_windows([tokenizer.separator_id, *ids], model.config.context_length))
+    if not size:
+        raise UserError("the texts are empty: there is nothing to measure")
+    with torch.inference_mode(), _evaluating(model, None) as device:
+        for inputs, targets in _padded_batches(pending):
+            nats += model.token_losses(inputs.to(device), targets.to(device)).double().sum().item()
+    return nats / math.log(2) / size
+
+
+def signal_means(
+    model: ModulatedTransformer, dataset: TokenDataset, *, max_tokens: int = 50_000, batch_size: int = 16
+) -> dict[str, Tensor]:
+    """Each signal's mean over the tokens of a text, for every layer (and head): shape (1, 1, layers[, sites])."""
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+    with torch.inference_mode(), _evaluating(model, None) as device:
+        for inputs, targets in dataset.windows(model.config.context_length, batch_size):
+            signals = model(inputs.to(device), output_signals=True).signals or {}
+            kept = (targets != IGNORED).to(device)
+            for name, signal in signals.items():
+                mask = kept.reshape(*kept.shape, *[1] * (signal.ndim - 2))
+                total = (signal.double() * mask).sum((0, 1), keepdim=True)
+                sums[name] = sums[name] + total if name in sums else total
+            tokens += int(kept.sum())
+            if tokens >= max_tokens:
+                break
+    return {name: (total / tokens).float() for name, total in sums.items()}
+
+
+def causal_value(
+    model: ModulatedTransformer, dataset: TokenDataset, **options: Any
+) -> dict[str, dict[str, Evaluation]]:
+    """The evaluation with signals frozen: {"all" or a signal's name: {"neutral": ..., "mean": ...}}.
+
+    Frozen at neutral, a signal has no effect at all; frozen at its mean (for every layer and head), it has an effect
+    that no longer depends on the token. What freezing costs is what the signal is worth.
+    """
+    means = signal_means(model, dataset)
+    neutral = {name: torch.full_like(mean, SIGNALS[name].neutral) for name, mean in means.items()}
+    chosen: Mapping[str, Sequence[str]] = {"all": list(means), **({n: [n] for n in means} if len(means) > 1 else {})}
+    return {
+        label: {
+            kind: evaluate(model, dataset, frozen={name: values[name] for name in names}, **options)
+            for kind, values in (("neutral", neutral), ("mean", means))
+        }
+        for label, names in chosen.items()
+        if names
+    }
+
+
+def check_vocabulary(model: ModulatedTransformer, dataset: TokenDataset) -> None:
+    """Raises `UserError` if the data holds token ids that the model does not know."""
+    if dataset.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the data in {dataset.folder} has a vocabulary of {dataset.vocab_size}, the model one of "
+            f"{model.config.vocab_size}; prepare the data with the model's own tokenizer (--tokenizer)"
+        )
+
+
+class _evaluating:
+    """Evaluation mode, and autocast when a type is given; gives the model's device, and restores the mode."""
+
+    def __init__(self, model: ModulatedTransformer, autocast: torch.dtype | None) -> None:
+        self.model, self.was_training = model, model.training
+        self.device = next(model.parameters()).device
+        self.autocast = torch.autocast(self.device.type, autocast, enabled=autocast is not None)
+
+    def __enter__(self) -> torch.device:
+        self.model.eval()
+        self.autocast.__enter__()
+        return self.device
+
+    def __exit__(self, *error: Any) -> None:
+        self.autocast.__exit__(*error)
+        self.model.train(self.was_training)
+
+
+def _by_position(sums: Tensor, counts: Tensor) -> dict[str, float]:
+    result, low = {}, 0
+    while low < len(sums):
+        high = max(2 * low, 1)
+        part = slice(low, min(high, len(sums)))
+        label = str(low) if part.stop - low == 1 else f"{low}-{part.stop - 1}"
+        if counts[part].sum() > 0:
+            result[label] = (sums[part].sum() / counts[part].sum()).item()
+        low = high
+    return result
+
+
+def _windows(ids: list[int], context: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Inputs and targets of one text: every token a target once, with as much context as half-overlaps allow."""
+    scored, total = 0, len(ids) - 1
+    while scored < total:
+        end = min(total, max(scored + max(context // 2, 1), context))
+        start = max(0, end - context)
+        targets = [IGNORED] * (scored - start) + ids[scored + 1 : end + 1]
+        yield ids[start:end], targets
+        scored = end
+
+
+def _padded_batches(windows: list[tuple[list[int], list[int]]], size: int = 16) -> Iterator[Batch]:
+    """Batches of windows of similar length, padded on the right, where causality keeps padding from mattering."""
+    windows = sorted(windows, key=lambda window: len(window[0]))
+    for first in range(0, len(windows), size):
+        chosen = windows[first : first + size]
+        longest = max(len(inputs) for inputs, _ in chosen)
+        yield Batch(
+            torch.tensor([inputs + [0] * (longest - len(inputs)) for inputs, _ in chosen]),
+            torch.tensor([targets + [IGNORED] * (longest - len(targets)) for _, targets in chosen]),
+        )

@@ -1,0 +1,107 @@
+"""Decoding: the model continues a prompt, one token at a time, over one cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ncn.cache import Cache
+from ncn.errors import UserError
+from ncn.model import ModulatedTransformer
+from ncn.tokenizer import Tokenizer
+
+
+@torch.inference_mode()
+def generate_tokens(
+    model: ModulatedTransformer,
+    prompt: list[int],
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop_id: int | None = None,
+) -> Iterator[int]:
+    """Yield new token ids as they come; ends at `stop_id` (not yielded), after `max_tokens`, or at a full context.
+
+    `temperature` 0 takes the likeliest token; else tokens are drawn, from the `top_k` likeliest and from the smallest
+    set with probability `top_p` where given. The same `seed` gives the same tokens.
+    """
+    _check_sampling(max_tokens, temperature, top_k, top_p)
+    room = model.config.context_length - len(prompt)
+    if not prompt:
+        raise UserError("the prompt is empty: give at least one token")
+    if room <= 0:
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens (with the separator in front) and the model's context is "
+            f"{model.config.context_length}; shorten it"
+        )
+    device = model.embedding.weight.device
+    generator = torch.Generator(device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    cache = Cache(capacity=min(len(prompt) + max_tokens, model.config.context_length))
+    tokens = torch.tensor([prompt], device=device)
+    for _ in range(min(max_tokens, room)):
+        logits = model(tokens, cache=cache, last_only=True).logits[0, -1]
+        chosen = _choose(logits, temperature, top_k, top_p, generator)
+        token = int(chosen)
+        if token == stop_id:
+            return
+        yield token
+        tokens = chosen.view(1, 1)
+
+
+def generate(model: ModulatedTransformer, tokenizer: Tokenizer, prompt: str, **options: Any) -> Iterator[str]:
+    """Yield the continuation of `prompt` as text, piece by piece; a piece never ends inside a character.
+
+    The prompt follows a separator, as every document does in training; an empty prompt begins a new document.
+    `options` are those of `generate_tokens`.
+    """
+    ids = [tokenizer.separator_id, *tokenizer.encode(prompt)]
+    options.setdefault("max_tokens", max(model.config.context_length - len(ids), 1))
+    options.setdefault("stop_id", tokenizer.separator_id)
+    made: list[int] = []
+    shown = ""
+    for token in generate_tokens(model, ids, **options):
+        made.append(token)
+        text = tokenizer.decode(made)
+        if not text.endswith("\ufffd"):  # the bytes of a character may be spread over several tokens
+            yield text[len(shown) :]
+            shown = text
+    rest = tokenizer.decode(made)[len(shown) :]
+    if rest:
+        yield rest
+
+
+def _choose(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> Tensor:
+    if temperature == 0:
+        return logits.argmax()
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    probabilities = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        ordered[ordered.cumsum(0) - ordered >= top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator)[0]
+
+
+def _check_sampling(max_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if max_tokens < 1:
+        raise UserError(f"max_tokens must be at least 1, not {max_tokens}")
+    if temperature < 0:
+        raise UserError(f"temperature must be 0 or more, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"top_k must be at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p must lie in (0, 1], not {top_p}")

@@ -1,0 +1,237 @@
+"""The run folder: everything that a training run leaves behind, and the reader of it.
+
+=================  ====================================================================================
+config.json        the whole recipe, resolved
+env.json           versions, device, commit, and the fingerprint of the data
+metrics.jsonl      one line per logged step; the last line of an interrupted write is never half there
+checkpoints/       step-00000500.safetensors, ...: weights and optimiser state, the last two
+summary.json       the end result
+model/             the trained model as a saved folder: config.json, model.safetensors, tokenizer.json
+loss.png           the loss curve
+=================  ====================================================================================
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ncn.config import Recipe
+from ncn.errors import UserError
+from ncn.files import PART_SUFFIX, write_atomically
+
+KEPT_CHECKPOINTS = 2
+"""The newest, and one before it in case the newest turns out to be damaged."""
+
+
+class Checkpoint(NamedTuple):
+    """Tensors by name, and the small facts that go with them."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class RunFolder:
+    """One training run on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: str | Path, recipe: Recipe, environment: Mapping[str, Any]) -> RunFolder:
+        """Begin a run; refuses a folder that already holds something."""
+        run = cls(path)
+        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            hint = "add --resume to continue it, or " if (run.path / "config.json").exists() else ""
+            raise UserError(f"{run.path} already exists and is not empty; {hint}choose another --out")
+        with no_space_in_one_line(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_json(run.path / "env.json", environment)
+            write_json(run.path / "config.json", recipe.model_dump(mode="json"))
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """An existing run; raises `UserError` where there is none."""
+        run = cls(path)
+        if not (run.path / "config.json").is_file():
+            raise UserError(f"{run.path} is not a run folder: it has no config.json")
+        return run
+
+    def recipe(self) -> Recipe:
+        return Recipe.parse(read_json(self.path / "config.json"))
+
+    def environment(self) -> dict[str, Any]:
+        return read_json(self.path / "env.json")
+
+    def summary(self) -> dict[str, Any]:
+        """The end result; raises `UserError` for a run that has not finished."""
+        if not (self.path / "summary.json").is_file():
+            raise UserError(f"{self.path} has not finished; continue it with --resume")
+        return read_json(self.path / "summary.json")
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").is_file()
+
+    @property
+    def model_folder(self) -> Path:
+        return self.path / "model"
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All logged lines, oldest first; a line that a kill left half-written is ignored."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        lines = path.read_text("utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        with no_space_in_one_line(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def truncate_metrics(self, step: int) -> None:
+        """Forget what was logged after `step`: the steps from there on are about to be run again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoint files, newest first."""
+        return sorted((self.path / "checkpoints").glob("step-*.safetensors"), reverse=True)
+
+    def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
+        """Write a checkpoint under a temporary name, flush it to the disk, rename it, and only then drop old ones."""
+        folder = self.path / "checkpoints"
+        final = folder / f"step-{step:08d}.safetensors"
+        part = final.with_name(final.name + PART_SUFFIX)
+        try:
+            with no_space_in_one_line(self.path):
+                folder.mkdir(exist_ok=True)
+                # safetensors refuses tensors that share memory, and wants them contiguous
+                save_file(
+                    {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                    part,
+                    metadata={"facts": json.dumps(dict(facts))},
+                )
+                with part.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(part, final)
+        finally:
+            part.unlink(missing_ok=True)
+        for old in self.checkpoints()[KEPT_CHECKPOINTS:]:
+            old.unlink()
+        return final
+
+    def load_checkpoint(self, warn: Callable[[str], None]) -> Checkpoint | None:
+        """The newest readable checkpoint, None if there is none at all; `warn` is told of each that is damaged."""
+        found = self.checkpoints()
+        for path in found:
+            try:
+                return read_checkpoint(path)
+            except UserError as error:
+                warn(str(error))
+        if found:
+            raise UserError(f"no checkpoint in {self.path / 'checkpoints'} can be read; start the run anew")
+        return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint written by `save_checkpoint`; raises `UserError` if it is damaged or something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if "facts" not in metadata:
+                raise UserError(f"{path} is not a checkpoint of this program; remove it")
+            return Checkpoint({name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["facts"]))  # noqa: SIM118
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"the checkpoint {path} is damaged ({error})") from None
+
+
+class no_space_in_one_line:
+    """Context in which a full or unwritable disk becomes one line that says what is still safe."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        reason = _disk_problem(error)
+        if reason:
+            raise UserError(
+                f"cannot write to {self.path}: {reason}; "
+                "what was saved before is intact: free some space, then continue with --resume"
+            ) from None
+
+
+def _disk_problem(error: BaseException | None) -> str | None:
+    if isinstance(error, SafetensorError) and "No space left" in str(error):
+        return "no space left on the device"
+    if isinstance(error, OSError):
+        return "no space left on the device" if error.errno == errno.ENOSPC else error.strerror or str(error)
+    if isinstance(error, SafetensorError):
+        return str(error)
+    return None
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return value
+
+
+def describe_environment(device: torch.device, **facts: Any) -> dict[str, Any]:
+    """Versions, processor and commit, for env.json, with further `facts`."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain")),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        **facts,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "cpu")
+    except OSError:
+        return platform.processor() or "cpu"
+
+
+def _git(*arguments: str) -> str | None:
+    """Git's answer about the checkout that this package is run from; None where it is no checkout."""
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
