@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ncn.cache import Cache
 from ncn.config import NCNConfig
-from ncn.controller import signal_source
+from ncn.controller import SignalSource, signal_source
 from ncn.errors import UserError
 from ncn.loss import chunked_cross_entropy, token_losses
 from ncn.signals import SignalLayout, homeostatic_loss
@@ -49,9 +50,14 @@ class ModulatedTransformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.checkpointing = False
+        """Whether the backward pass recomputes each layer instead of keeping what it computed: slower, far smaller."""
+        self.controller: SignalSource | None = None
+        self.reset_parameters()  # before the controller's modules draw numbers, which would shift the backbone's
         self.controller = signal_source(config)
         self.layout = SignalLayout.of(config) if config.controller else None
-        self.reset_parameters()
+        if self.controller is not None:
+            self.controller.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -87,7 +93,7 @@ class ModulatedTransformer(nn.Module):
         vocabulary and for sequences beyond the context length.
         """
         hidden, signals = self.hidden_states(
-            self._embed(input_ids), input_ids, attention_mask, cache=cache, frozen=frozen
+            self.embed(input_ids), input_ids, attention_mask, cache=cache, frozen=frozen
         )
         logits = self.logits(hidden[:, -1:] if last_only else hidden)
         if not output_signals:
@@ -98,14 +104,14 @@ class ModulatedTransformer(nn.Module):
         self, input_ids: TokenIds, targets: TokenIds, *, frozen: Frozen | None = None, chunk: int = 512
     ) -> tuple[Float[Tensor, ""], dict[str, Signal]]:
         """Cross-entropy summed over the targets that are not -100, in nats, and the signals; never holds all logits."""
-        hidden, signals = self.hidden_states(self._embed(input_ids), input_ids, frozen=frozen)
+        hidden, signals = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen)
         return chunked_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten(), chunk), signals
 
     def token_losses(
         self, input_ids: TokenIds, targets: TokenIds, *, frozen: Frozen | None = None
     ) -> Float[Tensor, "batch tokens"]:
         """Cross-entropy at every position, in nats, zero where the target is -100; without gradients."""
-        hidden, _ = self.hidden_states(self._embed(input_ids), input_ids, frozen=frozen)
+        hidden, _ = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen)
         return token_losses(hidden.flatten(0, 1), self.output_weight, targets.flatten()).view(targets.shape)
 
     @property
@@ -116,7 +122,8 @@ class ModulatedTransformer(nn.Module):
     def logits(self, hidden: Hidden) -> Logits:
         return F.linear(hidden, self.output_weight)
 
-    def _embed(self, input_ids: TokenIds) -> Hidden:
+    def embed(self, input_ids: TokenIds) -> Hidden:
+        """Token embeddings; raises `UserError` for ids outside the vocabulary (on CPU, where looking costs nothing)."""
         if not torch.compiler.is_compiling() and input_ids.device.type == "cpu" and input_ids.numel():
             low, high = torch.aminmax(input_ids)
             if low < 0 or high >= self.config.vocab_size:
@@ -171,7 +178,9 @@ class ModulatedTransformer(nn.Module):
                 count = next(iter(signals.values())).shape[2]
                 served = [{name: part[i] for name, part in parts.items()} for i in range(count)]
                 first = index
-            x = layer(x, served[index - first] if served else {}, rotation, mask, cache)
+            arguments = (x, served[index - first] if served else {}, rotation, mask, cache)
+            recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
+            x = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
         if cache is not None:
             cache.advance(tokens)
         return self.norm(x), {
@@ -184,16 +193,10 @@ class ModulatedTransformer(nn.Module):
         """Which document each position belongs to, 0 at padding; None when all positions are of one."""
         before = cache.last("segments", 1) if cache is not None else None
         separate = not self.config.cross_documents
-        if before is None and attention_mask is None and not separate:
+        if before is None and not separate and (attention_mask is None or _all_true(attention_mask)):
             return None
-        if (
-            cache is not None
-            and cache.length
-            and before is None
-            and attention_mask is not None
-            and attention_mask.all()
-        ):
-            return None  # a mask of ones, after a start without padding
+        if cache is not None and cache.length and before is None:
+            before = _begin_segments(cache, embeddings.shape[0], embeddings.device)
         shape = embeddings.shape[:2]
         first = torch.zeros(shape[0], 1, dtype=torch.long, device=embeddings.device) if before is None else before
         if separate:
@@ -247,8 +250,8 @@ class Attention(nn.Module):
         self.index = index
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
         self.qkv = nn.Linear(config.d_model, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.query_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.key_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.query_norm = HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.key_norm = HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(
@@ -273,7 +276,7 @@ class Attention(nn.Module):
         continued = False
         if cache is not None:
             continued = cache.length > 0
-            keys, values = cache.write(f"keys.{self.index}", keys), cache.write(f"values.{self.index}", values)
+            keys, values = cache.write_keys_values(self.index, keys, values)
         attended = F.scaled_dot_product_attention(
             queries.transpose(1, 2),
             keys.transpose(1, 2),
@@ -286,6 +289,13 @@ class Attention(nn.Module):
             attended = attended * head_gate[..., None].to(attended.dtype)
         projected: Tensor = self.output(attended.flatten(2))
         return projected
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm in the precision of its input: under autocast that is bfloat16, and with float32 weights it would be slow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class FeedForward(nn.Module):
@@ -325,6 +335,19 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 def _add(x: Tensor, written: Tensor, scale: Tensor | None) -> Tensor:
     """x + scale · written, in one pass over memory."""
     return x + written if scale is None else torch.addcmul(x, written.to(x.dtype), scale[..., None].to(x.dtype))
+
+
+def _all_true(mask: Tensor) -> bool:
+    # Looking would end a compiled graph, and saves only time.
+    return not torch.compiler.is_compiling() and bool(mask.all())
+
+
+def _begin_segments(cache: Cache, batch: int, device: torch.device) -> Tensor:
+    """The first padding after a start without any: what the cache holds was one document, from position 0."""
+    segments = torch.ones(batch, cache.length, dtype=torch.long, device=device)
+    cache.begin("segments", segments)
+    cache.begin("positions", segments.cumsum(1) - 1)
+    return segments[:, -1:]
 
 
 def _freeze(name: str, signal: Tensor, frozen: Frozen, first: int) -> Tensor:

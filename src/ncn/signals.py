@@ -160,7 +160,7 @@ class SignalLayout:
 
 def homeostatic_loss(signals: Mapping[str, Signal]) -> Tensor:
     """Equation (6) without λ: the sum over signals of the mean squared distance from neutral, a scalar."""
-    terms = [(signal.float() - SIGNALS[name].neutral).square().mean() for name, signal in signals.items()]
+    terms = [(signal - SIGNALS[name].neutral).square().mean() for name, signal in signals.items()]
     return torch.stack(terms).sum()
 
 

@@ -22,4 +22,4 @@ Hidden = Float[Tensor, "batch tokens width"]
 Logits = Float[Tensor, "batch tokens vocabulary"]
 Signal = Float[Tensor, "batch tokens layers"] | Float[Tensor, "batch tokens layers sites"]
 """A control signal: one value per layer, or one per head (or sublayer) of each layer."""
-AttentionMask = Bool[Tensor, "batch 1 tokens slots"]
+AttentionMask = Bool[Tensor, "#batch 1 tokens slots"]

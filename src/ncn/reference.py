@@ -1,0 +1,246 @@
+"""The equations as they are written, one number or vector at a time: slow, exact, and without a line of the fast path.
+
+Tests hold the fast path against it, and readers who want to know what is computed start here. It shares nothing with
+the other modules but the configuration and the parameters, runs in float64, and is differentiable in every parameter.
+A document is computed alone: that *is* what separated documents and padding mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ncn.config import NCNConfig
+from ncn.types import Logits, Signal, TokenIds
+
+Vectors = list[Tensor]
+"""One vector for each token of a document."""
+Weights = Mapping[str, Tensor]
+
+
+@dataclass
+class Reference:
+    """What the equations give. Padding has zeros, and does not enter the homeostatic loss."""
+
+    logits: Logits
+    signals: dict[str, Signal]
+    homeostatic_loss: Float[Tensor, ""]
+
+
+def reference(
+    model: nn.Module, input_ids: TokenIds, attention_mask: Bool[Tensor, "batch tokens"] | None = None
+) -> Reference:
+    """Logits and signals of a `ModulatedTransformer`, from its configuration and its parameters alone."""
+    config = model.config
+    assert isinstance(config, NCNConfig)
+    weights = {name: parameter.double() for name, parameter in model.named_parameters()}
+    batch, tokens = input_ids.shape
+    logits = torch.zeros(batch, tokens, config.vocab_size, dtype=torch.float64)
+    signals: dict[str, Tensor] = {}
+    for row in range(batch):
+        real = [t for t in range(tokens) if attention_mask is None or attention_mask[row, t]]
+        for places in _documents(config, input_ids[row].tolist(), real):
+            hidden, sent = _document(config, weights, [int(input_ids[row, t]) for t in places])
+            for t, h in zip(places, hidden, strict=True):
+                logits[row, t] = weights["embedding.weight" if config.tie_embeddings else "head.weight"] @ h
+            for layer, by_token in enumerate(sent):
+                for t, values in zip(places, by_token, strict=True):
+                    for name, value in values.items():
+                        shape = (batch, tokens, config.num_layers, *value.shape)
+                        signals.setdefault(name, torch.zeros(shape, dtype=torch.float64))[row, t, layer] = value
+    kept = torch.ones(batch, tokens, dtype=torch.bool) if attention_mask is None else attention_mask
+    homeostasis = torch.zeros((), dtype=torch.float64)
+    for signal in signals.values():
+        homeostasis = homeostasis + ((signal[kept] - 1) ** 2).mean()  # (6), neutral is 1
+    return Reference(logits, signals, homeostasis)
+
+
+def _documents(config: NCNConfig, ids: list[int], real: list[int]) -> list[list[int]]:
+    """The positions of each document; all real positions form one where documents are not kept apart."""
+    documents: list[list[int]] = []
+    for t in real:
+        if not documents or (not config.cross_documents and ids[t] == config.separator_id):
+            documents.append([])
+        documents[-1].append(t)
+    return documents
+
+
+def _document(config: NCNConfig, weights: Weights, ids: list[int]) -> tuple[Vectors, list[list[dict[str, Tensor]]]]:
+    """Final hidden states, and the signals by layer and token."""
+    embeddings = [weights["embedding.weight"][token] for token in ids]
+    x = list(embeddings)
+    if config.positions == "learned":
+        x = [e + weights["position_embedding.weight"][t] for t, e in enumerate(embeddings)]
+    raw: list[Vectors] = []
+    sent = []
+    for layer in range(config.num_layers):
+        tapped = embeddings if layer == 0 else x  # (3): tap 0 reads the embeddings
+        raw += _raw_signals(config, weights, layer, tapped)
+        signals = [_split(config, raw[layer][t]) if raw else {} for t in range(len(ids))]
+        x = _layer(config, weights, layer, x, signals)
+        sent.append(signals)
+    return [_rms_norm(h, config) * weights["norm.weight"] for h in x], sent
+
+
+def _layer(config: NCNConfig, weights: Weights, layer: int, x: Vectors, signals: list[dict[str, Tensor]]) -> Vectors:
+    """Equation (5)."""
+    own = {name.removeprefix(f"layers.{layer}."): weight for name, weight in weights.items()}
+    one = torch.ones((), dtype=torch.float64)
+    attended = _attention(config, own, [_rms_norm(h, config) * own["attention_norm.weight"] for h in x], signals)
+    result = []
+    for t, h in enumerate(x):
+        gain = signals[t].get("gain", one)
+        attention_gain, ffn_gain = (gain, gain) if gain.ndim == 0 else (gain[0], gain[1])
+        middle = h + attention_gain * attended[t]  # x' = x + g · Attn(Norm x; β)
+        gate = signals[t].get("ffn_gate", one)
+        written = _feed_forward(config, own, _rms_norm(middle, config) * own["ffn_norm.weight"])
+        result.append(middle + ffn_gain * gate * written)  # x'' = x' + g · γ · FFN(Norm x')
+    return result
+
+
+def _attention(config: NCNConfig, own: Weights, x: Vectors, signals: list[dict[str, Tensor]]) -> Vectors:
+    """Softmax attention, head by head; β multiplies the query, the head gate what the head has read."""
+    heads, kv_heads, width = config.num_heads, config.kv_heads, config.head_dim
+    queries, keys, values = [], [], []
+    for t, h in enumerate(x):
+        qkv = (own["attention.qkv.weight"] @ h).view(-1, width)
+        q, k, v = qkv[:heads], qkv[heads : heads + kv_heads], qkv[heads + kv_heads :]
+        queries.append([_placed(config, own, "query_norm", head, t) for head in q])
+        keys.append([_placed(config, own, "key_norm", head, t) for head in k])
+        values.append(list(v))
+    result = []
+    for t in range(len(x)):
+        outputs = []
+        for head in range(heads):
+            shared = head // (heads // kv_heads)
+            query = queries[t][head]
+            if "precision" in signals[t]:
+                beta = signals[t]["precision"]
+                query = (beta if beta.ndim == 0 else beta[head]) * query  # q ← β q, (4)
+            scores = [query @ keys[s][shared] / math.sqrt(width) for s in range(t + 1)]
+            shares = _softmax(scores)
+            read = _sum([share * values[s][shared] for s, share in enumerate(shares)])
+            outputs.append(signals[t]["head_gate"][head] * read if "head_gate" in signals[t] else read)  # (4)
+        result.append(own["attention.output.weight"] @ torch.cat(outputs))
+    return result
+
+
+def _placed(config: NCNConfig, own: Weights, norm: str, x: Tensor, position: int) -> Tensor:
+    """A head's query or key after QK-norm and rotation: the pair (i, i + width/2) turns by position · θ^(−2i/width)."""
+    if config.qk_norm:
+        x = _rms_norm(x, config) * own[f"attention.{norm}.weight"]
+    if config.positions == "learned":
+        return x
+    half = config.head_dim // 2
+    turned = [x[i] for i in range(2 * half)]
+    for i in range(half):
+        angle = position * config.rope_theta ** (-2 * i / config.head_dim)
+        turned[i] = x[i] * math.cos(angle) - x[i + half] * math.sin(angle)
+        turned[i + half] = x[i + half] * math.cos(angle) + x[i] * math.sin(angle)
+    return torch.stack(turned)
+
+
+def _feed_forward(config: NCNConfig, own: Weights, x: Tensor) -> Tensor:
+    inner = own["ffn.up.weight"] @ x
+    if config.activation == "swiglu":
+        gate, value = inner[: config.ffn_width], inner[config.ffn_width :]
+        inner = gate / (1 + torch.exp(-gate)) * value
+    else:
+        inner = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
+    return own["ffn.down.weight"] @ inner
+
+
+def _raw_signals(config: NCNConfig, weights: Weights, layer: int, hidden: Vectors) -> list[Vectors]:
+    """z of every layer that is served from here on, for each token; empty where the layer is no tap (3)."""
+    controller = config.controller
+    if controller is None:
+        return []
+    if controller.kind == "static":
+        return [[weights["controller.raw"][layer] for _ in hidden]]
+    if controller.kind == "local":
+        weight, bias = (weights[f"controller.readouts.{layer}.{part}"] for part in ("weight", "bias"))
+        return [[weight @ _rms_norm(h, config) + bias for h in hidden]]
+    if layer not in controller.taps:
+        return []
+    served = min([tap for tap in controller.taps if tap > layer], default=config.num_layers) - layer
+    prefix = f"controller.networks.{layer}."
+    own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+    by_token = [_controller(config, own, hidden, t).chunk(served) for t in range(len(hidden))]
+    return [[groups[i] for groups in by_token] for i in range(served)]
+
+
+def _controller(config: NCNConfig, own: Weights, hidden: Vectors, t: int) -> Tensor:
+    """Equations (1) and (2) at token t."""
+    controller = config.controller
+    assert controller is not None
+    pools, width = controller.pooling_heads, controller.width
+    read = [own["read.weight"] @ (_rms_norm(hidden[s], config) * own["norm.weight"]) for s in range(t + 1)]
+    pooled = []
+    for p in range(pools):
+        values = slice(pools + p * (width // pools), pools + (p + 1) * (width // pools))
+        decay = torch.exp(own["log_decay"][p])
+        logarithms = []
+        for s in range(t + 1):
+            a = read[s][p] / math.sqrt(config.d_model)  # (1): a = k · RMSNorm(e) / √D
+            logarithms.append(a - decay * (t - s))  # (1): w = exp(a − ρ (t − s))
+        shares = _softmax(logarithms)
+        pooled.append(_sum([share * read[s][values] for s, share in enumerate(shares)]))  # (1): c = Σ w v / Σ w
+    u = torch.cat(pooled)
+    if controller.phasic:
+        for age in range(min(controller.phasic_kernel, t + 1)):
+            u = u + own["phasic_filter"][age] * read[t - age][pools + width :]  # φ: the last few tokens
+    u = _rms_norm(u, config) * own["input_norm.weight"]  # (2): u = RMSNorm(c + φ)
+    inner = torch.tanh(own["expand.weight"] @ u + own["expand.bias"])
+    return own["output.weight"] @ inner + own["output.bias"]  # (2): z = W₂ tanh(W₁ u + b₁) + b₂
+
+
+def _split(config: NCNConfig, raw: Tensor) -> dict[str, Tensor]:
+    """A layer's signals from its part of z, in the configured order (4)."""
+    controller = config.controller
+    assert controller is not None
+    signals: dict[str, Tensor] = {}
+    start = 0
+    for name in controller.signals:
+        per_head = name == "head_gate" or (name == "precision" and controller.precision_per == "head")
+        sites = config.num_heads if per_head else 2 if name == "gain" and controller.gain_per == "sublayer" else None
+        values = raw[start : start + (sites or 1)]
+        signals[name] = _ranged(name, values if sites else values[0], published=controller.maps == "published")
+        start += sites or 1
+    assert start == len(raw)
+    return signals
+
+
+def _ranged(name: str, z: Tensor, published: bool) -> Tensor:
+    """The range maps of (4)."""
+    if name == "precision":
+        return (torch.log1p(torch.exp(z)) + 0.01).clamp(max=4) if published else 4 ** torch.tanh(z)
+    if name == "ffn_gate":
+        return _sigmoid(z) if published else _sigmoid(z + 3) * (1 + math.exp(-3))
+    return 2 * _sigmoid(z)
+
+
+def _sigmoid(z: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-z))
+
+
+def _rms_norm(x: Tensor, config: NCNConfig) -> Tensor:
+    return x / torch.sqrt((x * x).mean() + config.norm_eps)
+
+
+def _softmax(scores: list[Tensor]) -> list[Tensor]:
+    largest = max(score.item() for score in scores)
+    powers = [torch.exp(score - largest) for score in scores]
+    total = _sum(powers)
+    return [power / total for power in powers]
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
