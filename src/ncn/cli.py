@@ -1,0 +1,315 @@
+"""The `ncn` command: thin verbs over the modules. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ncn.config import ControllerConfig, NCNConfig, Recipe, TrainConfig, presets
+from ncn.errors import UserError
+
+if TYPE_CHECKING:
+    from ncn.data import TokenDataset
+    from ncn.tokenizer import Tokenizer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Language models that tune themselves, token by token: train them, use them, and see their control signals.",
+)
+
+DEFAULT_MODEL = "stories-mini"
+
+
+def main() -> None:
+    """Run the command; a mistake of the user's becomes one line on standard error and exit status 1."""
+    # Spinning OpenMP threads slow everything down many times over as soon as something else uses the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except UserError as error:
+        _fail(f"error: {error}", 1)
+    except KeyboardInterrupt as stop:
+        _fail(str(stop) or "stopped", 130)
+    except BrokenPipeError:  # the reader of the output has gone, as in `ncn generate | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _fail(message: str, status: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def _settings() -> str:
+    """Every field of a recipe with its default and meaning, for `ncn train --help`."""
+    sections = (("model", NCNConfig), ("model.controller", ControllerConfig), ("train", TrainConfig))
+    lines = ["Settings (key=value; the section may be left out where the name is unique):", ""]
+    for title, section in sections:
+        for name, field in section.model_fields.items():
+            if field.description:
+                default = "" if field.is_required() or field.default_factory else f" [{field.default}]"
+                prefix = title.removeprefix("model.") + "." if title != "train" else "train."
+                lines += [f"{prefix}{name}{default}: {field.description}", ""]
+    return "\n".join(lines)
+
+
+@app.command()
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Text (.txt, .jsonl, .parquet, perhaps .gz or .xz), hf:OWNER/NAME, or a bundled sample: "
+            "tinystories-sample, tinystories-sample-valid."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Train a byte-pair tokenizer of this size on the data.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Or use this one: gpt2, a tokenizer.json, or a folder that holds one.")
+    ] = None,
+    field: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
+    workers: Annotated[int | None, typer.Option(help="Encoding threads; default: one a core.")] = None,
+) -> None:
+    """Tokenise text into a dataset folder. Run again after an interruption, it goes on where it stopped."""
+    from ncn.prepare import prepare as run
+
+    manifest = run(
+        sources,
+        out,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        field=field,
+        split=split,
+        workers=workers,
+        progress=True,
+    )
+    print(
+        f"{out}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {manifest.text_bytes:,} bytes of text, "
+        f"vocabulary {manifest.vocab_size:,}"
+    )
+
+
+@app.command(epilog=_settings())
+def train(
+    data: Annotated[Path, typer.Option(help="Dataset folder made by `ncn prepare`.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change, such as learning_rate=3e-3 controller.taps=[0,2].")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(presets())}. [default: mini]")] = None,
+    config: Annotated[Path | None, typer.Option(help="Or a recipe file, YAML or JSON.")] = None,
+    valid: Annotated[Path | None, typer.Option(help="Dataset folder to validate on.")] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Train without a controller.")] = False,
+    compile_model: Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, bit for bit.")] = False,
+) -> None:
+    """Train a model. Ctrl-C saves the state and says how to go on."""
+    if preset and config:
+        raise UserError("give --preset or --config, not both; a recipe file may itself hold `preset: NAME`")
+    changes = [*(settings or [])]
+    changes += ["model.controller=null"] if baseline else []
+    changes += ["train.compile=true"] if compile_model else []
+    recipe = Recipe.read(config or preset or "mini", changes)
+    from ncn.train import train as run
+
+    summary = run(recipe, data, out, valid=valid, resume=resume)
+    for key, value in summary.items():
+        print(f"{key:26s} {value:,.4f}" if isinstance(value, float) else f"{key:26s} {value:,}")
+
+
+@app.command()
+def generate(
+    words: Annotated[
+        list[str], typer.Argument(metavar="[MODEL] PROMPT", help=f"Model (default: {DEFAULT_MODEL}) and prompt.")
+    ],
+    max_tokens: Annotated[int | None, typer.Option(help="Most new tokens; default: up to the context's end.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from this many likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens with this much probability.")
+    ] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+) -> None:
+    """Continue a prompt, streaming. MODEL is a run folder, a saved folder, a bundled model or a hub name."""
+    model_name, prompt = _model_and_text(words, "PROMPT")
+    from ncn.generate import generate as run
+    from ncn.store import load
+
+    model, tokenizer = load(model_name)
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    if max_tokens is not None:
+        options["max_tokens"] = max_tokens
+    pieces = run(model, tokenizer, prompt, **options)
+    first = next(pieces, "")  # a mistake shows before anything is printed
+    print(prompt + first, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Run folder, saved folder, bundled model or hub name.")] = DEFAULT_MODEL,
+    data: Annotated[
+        str, typer.Option(help="Dataset folder, or any source that `ncn prepare` reads.")
+    ] = "tinystories-sample-valid",
+    context: Annotated[int | None, typer.Option(help="Window in tokens; default: the model's context.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
+) -> None:
+    """Loss, perplexity and bits per byte, by position, and with the signals frozen to neutral and to their mean."""
+    import tempfile
+
+    from ncn.evaluate import causal_value
+    from ncn.evaluate import evaluate as run
+    from ncn.runs import write_json
+    from ncn.store import load
+
+    loaded, tokenizer = load(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        dataset = _dataset(data, tokenizer, Path(scratch))
+        options: dict[str, Any] = {"context": context, "max_tokens": max_tokens}
+        whole = run(loaded, dataset, **options)
+        frozen = causal_value(loaded, dataset, **options) if loaded.config.controller else {}
+    print(f"{model} on {data}: {whole.tokens:,} tokens")
+    figures = f"perplexity {whole.perplexity:.3f}, {whole.bits_per_byte:.4f} bits per byte"
+    print(f"loss {whole.loss:.4f} nats a token, {figures}")
+    print("\ntokens before     loss")
+    for position, loss in whole.by_position.items():
+        print(f"{position:>13s} {loss:8.4f}")
+    if frozen:
+        print("\nsignals frozen    at neutral   at their mean   (loss in nats a token, and the change)")
+        for name, values in frozen.items():
+            columns = [f"{value.loss:.4f} ({value.loss - whole.loss:+.4f})" for value in values.values()]
+            print(f"{name:13s} {columns[0]:>16s} {columns[1]:>16s}")
+    if json_out:
+        changed = {name: {kind: value.as_dict() for kind, value in kinds.items()} for name, kinds in frozen.items()}
+        write_json(json_out, {"model": model, "data": data, "evaluation": whole.as_dict(), "frozen": changed})
+
+
+@app.command()
+def scan(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[MODEL] TEXT", help=f"Model (default: {DEFAULT_MODEL}) and text; with --file no text."),
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the text from a file.")] = None,
+    out: Annotated[
+        list[Path] | None, typer.Option(help="Files to write (.png, .html, .json). [default: scan.png, scan.html]")
+    ] = None,
+) -> None:
+    """Make a brain scan: every control signal at every token, and the surprisal of each token."""
+    if file:
+        if words and len(words) > 1:
+            raise UserError("give a text or --file, not both")
+        model_name, text = (words[0] if words else DEFAULT_MODEL), _read_text(file)
+    else:
+        model_name, text = _model_and_text(words or [], "TEXT")
+    from ncn.scanner import scan as run
+    from ncn.store import load
+
+    model, tokenizer = load(model_name)
+    picture = run(model, tokenizer, text, name=Path(model_name).name)
+    for path in out or [Path("scan.png"), Path("scan.html")]:
+        picture.save(path)
+        print(path)
+
+
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(help="Preset, recipe file, run folder, saved folder or bundled model.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="Settings to change, such as num_layers=4.")] = None,
+) -> None:
+    """Parameters by part, the controller's share, FLOPs a token, and bytes of weights, optimiser and cache."""
+    from ncn.costs import costs
+    from ncn.store import find, read_config
+
+    if name in presets() or Path(name).suffix in {".yaml", ".yml", ".json"}:
+        config = Recipe.read(name, settings or []).model
+    else:
+        config = read_config(find(name))
+    found = costs(config)
+    total_flops = sum(found.flops.values())
+    total = found.total_parameters
+    print(f"{name}: {total:,} parameters, context {config.context_length}, vocabulary {config.vocab_size:,}\n")
+    rows = {part: (found.parameters.get(part, 0), found.flops.get(part, 0)) for part in found.parameters | found.flops}
+    for part, (count, flops) in {**rows, "together": (total, total_flops)}.items():
+        print(
+            f"{part:13s} {count:>15,} parameters {count / total:7.2%}"
+            f" {flops / 1e6:>12,.2f} MFLOPs a token {flops / total_flops:7.2%}"
+        )
+    cache = found.cache_bytes_per_token * config.context_length
+    print(f"\ncontroller    {found.controller_share:.2%} of the parameters")
+    print(f"training      {3 * total_flops / 1e6:,.1f} MFLOPs a token (forward and backward, at a full context)")
+    print(f"weights       {_size(found.weight_bytes)} in float32, {_size(found.weight_bytes // 2)} in bfloat16")
+    print(f"optimiser     {_size(found.optimizer_bytes)} (AdamW)")
+    print(f"cache         {_size(cache)} a sequence at full context, float32")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the data, both runs, the story and the scan.")] = Path("demo"),
+    settings: Annotated[list[str] | None, typer.Argument(help="Settings to change, such as tokens=500000.")] = None,
+) -> None:
+    """Train `mini` and its static twin on the bundled stories, compare them, tell a story, draw a brain scan."""
+    from ncn.experiments.demo import run_demo
+
+    result = run_demo(out, overrides=tuple(settings or []))
+    print(f"\n{'':28s}{'parameters':>12s}{'loss':>9s}{'perplexity':>12s}{'bits/byte':>11s}{'seconds':>9s}")
+    for name, label in (("ncn", "with controller"), ("twin", "static twin")):
+        arm = result.arms[name]
+        print(
+            f"{label:28s}{arm['parameters']:>12,}{arm['validation_loss']:>9.4f}{arm['validation_perplexity']:>12.3f}"
+            f"{arm['validation_bits_per_byte']:>11.4f}{arm['seconds']:>9.0f}"
+        )
+    print(f"{'difference':49s}{'':12s}{result.difference:>+11.4f}   (one seed: no evidence by itself)")
+    print(f"\n{result.story}\n")
+    for path in result.files:
+        print(path)
+
+
+def _model_and_text(words: list[str], what: str) -> tuple[str, str]:
+    if not 1 <= len(words) <= 2:
+        raise UserError(f"give [MODEL] {what}: at most a model and one text; put quotes around the text")
+    return (words[0], words[1]) if len(words) == 2 else (DEFAULT_MODEL, words[0])
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: byte {error.start} does not fit") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _dataset(data: str, tokenizer: Tokenizer, scratch: Path) -> TokenDataset:
+    """A prepared folder as it is; anything else is prepared on the fly with the model's tokenizer."""
+    from ncn.data import TokenDataset
+    from ncn.prepare import prepare as run
+
+    if Path(data).is_dir():
+        return TokenDataset.open(data)
+    tokenizer.save(scratch)
+    run([data], scratch / "data", tokenizer=str(scratch))
+    return TokenDataset.open(scratch / "data")
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:.1f} TiB"

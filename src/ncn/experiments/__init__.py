@@ -1,0 +1,1 @@
+"""Experiments: whole comparisons, made of runs."""

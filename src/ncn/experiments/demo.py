@@ -1,0 +1,75 @@
+"""The demonstration: a model with a controller and its static twin, on the same batches, then a story and a scan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ncn.config import Recipe
+from ncn.data import TokenDataset
+from ncn.experiments.arms import widened_baseline
+from ncn.generate import generate
+from ncn.prepare import prepare
+from ncn.runs import RunFolder, write_json
+from ncn.scanner import scan
+from ncn.store import load
+from ncn.train import fit_to_data, train
+
+PROMPT = "Once upon a time, there was a tiny dragon who loved to"
+SCANNED = "Timmy wanted an apple. He looked in the box, but it was empty."
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demonstration found, and where it is."""
+
+    arms: dict[str, dict[str, Any]]
+    story: str
+    files: list[Path]
+
+    @property
+    def difference(self) -> float:
+        """Bits per byte of the NCN less those of its twin: negative where the NCN is better."""
+        return float(self.arms["ncn"]["validation_bits_per_byte"] - self.arms["twin"]["validation_bits_per_byte"])
+
+
+def run_demo(out: Path, *, preset: str = "mini", overrides: tuple[str, ...] = (), progress: bool = True) -> Demo:
+    """Prepare the TinyStories sample, train both arms, and leave everything in `out`.
+
+    Interrupted, it goes on where it was when it is called again.
+    """
+    recipe = Recipe.read(preset, overrides)
+    prepare(["tinystories-sample"], out / "data", vocab_size=recipe.model.vocab_size, progress=progress)
+    prepare(["tinystories-sample-valid"], out / "valid", tokenizer=str(out / "data"), progress=progress)
+    recipe = fit_to_data(recipe, TokenDataset.open(out / "data"))
+    arms = {"ncn": recipe, "twin": Recipe(model=widened_baseline(recipe.model), train=recipe.train)}
+    results = {}
+    for name, arm in arms.items():
+        print(f"training the {'model with a controller' if name == 'ncn' else 'static twin'} ...", flush=True)
+        results[name] = train(
+            arm, out / "data", out / name, valid=out / "valid", resume=True, progress=progress, say=lambda line: None
+        )
+    model, tokenizer = load(str(out / "ncn"))
+    story = PROMPT + "".join(generate(model, tokenizer, PROMPT, temperature=0.7, top_p=0.95, seed=7))
+    (out / "story.txt").write_text(story + "\n", "utf-8")
+    picture = scan(model, tokenizer, SCANNED, name=f"{preset}, trained by the demonstration")
+    files = [out / "scan.png", out / "scan.html", out / "curves.png", out / "story.txt"]
+    for path in files[:2]:
+        picture.save(path)
+    _draw_curves(out, files[2])
+    write_json(out / "demo.json", results)
+    return Demo(results, story, files)
+
+
+def _draw_curves(out: Path, path: Path) -> None:
+    from ncn.plot import compare_curves
+
+    labels = {"ncn": "with controller", "twin": "static twin, equal parameters"}
+    compare_curves(
+        {
+            label: [(line["tokens"], line["loss"]) for line in RunFolder.open(out / name).metrics()]
+            for name, label in labels.items()
+        },
+        path,
+    )
