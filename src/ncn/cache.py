@@ -35,6 +35,15 @@ class Cache:
         buffer[:, self.length : end] = new
         return buffer[:, :end]
 
+    def write_keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a layer's new keys and values (batch, tokens, kv_heads, head_dim) behind those held; all of both."""
+        return self.write(f"keys.{layer}", keys), self.write(f"values.{layer}", values)
+
+    def begin(self, name: str, held: Tensor) -> None:
+        """Start the entry `name` late: `held` (batch, length, ...) is what it would hold by now."""
+        assert held.shape[1] == self.length
+        self._slots[name] = held
+
     def last(self, name: str, count: int) -> Tensor | None:
         """The last `count` slots held under `name` (fewer if there are fewer), or None if there are none."""
         buffer = self._slots.get(name)
@@ -52,6 +61,8 @@ class Cache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a cache of {self.length} slots to {length}")
         self.length = length
+        if not length:
+            self._slots.clear()
 
     def reorder(self, rows: Int[Tensor, " rows"]) -> None:
         """Replace the batch by its `rows`, which may repeat: the step between two tokens of a beam search."""
