@@ -292,7 +292,7 @@ class Attention(nn.Module):
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm in the precision of its input: under autocast that is bfloat16, and with float32 weights it would be slow."""
+    """RMSNorm in the precision of its input: bfloat16 under autocast, where float32 weights would make it slow."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
