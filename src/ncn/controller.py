@@ -114,15 +114,19 @@ class ControllerNetwork(nn.Module):
             self.output.bias.copy_(self.layout.initial_bias().repeat(self.served))
 
     def forward(self, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
-        batch, tokens, d_model = hidden.shape
+        # The exponentials and long sums of the pooling do not survive bfloat16, and the controller is too small to gain.
+        with torch.autocast("cpu" if hidden.is_meta else hidden.device.type, enabled=False):
+            return self._forward(hidden.to(self.read.weight.dtype), segments, cache)
+
+    def _forward(self, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
         read = self.read(self.norm(hidden))
-        # Pooling runs in float32 at least: its exponentials and long sums do not survive bfloat16.
-        read = read if read.dtype == torch.float64 else read.float()
+        stored = read.dtype
+        read = read if stored == torch.float64 else read.float()
         scores, values, phasic = read.split([self.pools, self.width, self.width if self.has_phasic else 0], dim=-1)
         state = pool(
-            scores / math.sqrt(d_model),  # a of equation (1)
+            scores / math.sqrt(hidden.shape[-1]),  # a of equation (1)
             values.unflatten(-1, (self.pools, -1)),
-            self.log_decay.exp(),
+            self.log_decay.to(read.dtype).exp(),
             segments,
             self._past(cache),
         )
@@ -132,7 +136,8 @@ class ControllerNetwork(nn.Module):
         if cache is not None:
             cache.write(f"{self.name}.log_weight", state.log_weight)
             cache.write(f"{self.name}.mean", state.mean)
-        raw: Tensor = self.output(torch.tanh(self.expand(self.input_norm(context))))  # equation (2)
+        # equation (2)
+        raw: Tensor = self.output(torch.tanh(self.expand(self.input_norm(context.to(stored)))))
         return raw.unflatten(-1, (self.served, -1))
 
     def _past(self, cache: Cache | None) -> SalienceState | None:
