@@ -102,7 +102,7 @@ class NCNConfig(_Config):
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of every RMSNorm")
     tie_embeddings: bool = Field(True, description="the output head shares the embedding matrix")
     cross_documents: bool = Field(
-        True, description="whether attention and salience may look across a document border inside a window"
+        False, description="whether attention and salience may look across a document border inside a window"
     )
     separator_id: int = Field(0, ge=0, description="token that begins a document")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")

@@ -29,6 +29,7 @@ def config(controller: dict[str, Any] | None = SMALL_CONTROLLER, **fields: Any) 
             "d_ff": 24,
             "context_length": 48,
             "separator_id": SEPARATOR,
+            "cross_documents": True,
             "controller": None if controller is None else SMALL_CONTROLLER | controller,
         }
         | fields
