@@ -22,8 +22,8 @@ def test_it_shares_nothing_with_the_fast_path() -> None:
 def test_one_token_by_hand() -> None:
     """With one token attention reads that token's value: everything else is a product of known matrices."""
     model = ModulatedTransformer(config({"kind": "static"}, num_layers=1, num_heads=1)).double()
-    with torch.no_grad():
-        model.controller.raw.copy_(torch.tensor([[0.3, 5.0, -0.7, 1.1]], dtype=torch.float64))  # precision does not matter to one token
+    with torch.no_grad():  # the second is the precision, which does not matter to a token alone
+        model.controller.raw.copy_(torch.tensor([[0.3, 5.0, -0.7, 1.1]], dtype=torch.float64))
     gain, gate, head = 2 / (1 + math.exp(-0.3)), (1 + math.exp(-3)) / (1 + math.exp(-2.3)), 2 / (1 + math.exp(-1.1))
     layer, e = model.layers[0], model.embedding.weight[4]
 
