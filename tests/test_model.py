@@ -187,3 +187,32 @@ def test_parameters_of_the_tied_head_are_counted_once() -> None:
     tied, untied = (parameter_groups(ModulatedTransformer(config(tie_embeddings=tie))) for tie in (True, False))
     assert tied["output head"] == 0
     assert untied["output head"] == untied["embedding"] == tied["embedding"] == VOCABULARY * 16
+
+
+@pytest.mark.parametrize("row", [[1, 0, 1, 1], [0, 1, 0, 1], [1, 0, 1, 0]])
+def test_padding_between_tokens_is_refused(row: list[int]) -> None:
+    model = ModulatedTransformer(config())
+    with pytest.raises(UserError, match="padding between tokens"):
+        model(text(4), torch.tensor([row, [1, 1, 1, 1]]).bool())
+
+
+def test_no_tokens_are_refused() -> None:
+    with pytest.raises(UserError, match="at least one"):
+        ModulatedTransformer(config())(torch.zeros(1, 0, dtype=torch.long))
+
+
+def test_a_cache_belongs_to_its_batch() -> None:
+    model, cache = ModulatedTransformer(config()), Cache()
+    model(text(4), cache=cache)
+    with pytest.raises(UserError, match=r"holds 2 sequences and is continued with 1"):
+        model(text(4)[:1], cache=cache)
+
+
+def test_token_losses_sum_to_the_loss() -> None:
+    model = awake(config()).double()
+    inputs, targets = text(9)[:, :-1], text(9)[:, 1:].clone()
+    targets[0, 3] = -100
+    losses = model.token_losses(inputs, targets)
+    assert losses[0, 3] == 0
+    assert not losses.requires_grad
+    torch.testing.assert_close(losses.sum(), model.loss(inputs, targets)[0].detach(), rtol=1e-12, atol=0)

@@ -150,8 +150,13 @@ def test_statistics_by_hand() -> None:
     gain = torch.tensor([[[0.0, 1.0], [2.0, 1.0], [1.0, 1.0], [1.0, 1.0]]])
     values = signal_statistics({"gain": gain}, "smooth")["gain"]
     assert values["mean"] == 1
-    assert values["saturation"] == 0.25
+    assert values["saturation"] == 0.5  # two of four values of the first layer, none of the second
     assert values["spread"] == pytest.approx((2 / 3) ** 0.5 / 2)
+
+
+def test_one_saturated_layer_of_many_is_a_problem() -> None:
+    signals = healthy() | {"gain": torch.cat([torch.zeros(3, 10, 1), torch.rand(3, 10, 5) + 0.5], 2)}
+    assert "gain" in (problem(signals) or "")
 
 
 def test_statistics_of_a_single_token() -> None:

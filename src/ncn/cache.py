@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from ncn.errors import UserError
+
 
 class Cache:
     """Slot-wise storage by name, growing as needed. Decoding without padding never copies what is already held."""
@@ -43,6 +45,14 @@ class Cache:
         """Start the entry `name` late: `held` (batch, length, ...) is what it would hold by now."""
         assert held.shape[1] == self.length
         self._slots[name] = held
+
+    def check_batch(self, batch: int) -> None:
+        """Raises `UserError` if the cache holds another number of sequences."""
+        held = next((len(buffer) for buffer in self._slots.values()), batch)
+        if self.length and held != batch:
+            raise UserError(
+                f"the cache holds {held} sequences and is continued with {batch}; use a cache for each batch"
+            )
 
     def last(self, name: str, count: int) -> Tensor | None:
         """The last `count` slots held under `name` (fewer if there are fewer), or None if there are none."""

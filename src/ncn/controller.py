@@ -85,7 +85,7 @@ class ControllerNetwork(nn.Module):
         self.pools, self.width, self.kernel = controller.pooling_heads, controller.width, controller.phasic_kernel
         self.context_length = config.context_length
         self.has_phasic = controller.phasic
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.eps = config.norm_eps
         # One matrix reads salience scores (the k of equation 1), values and the phasic input together.
         self.read = nn.Linear(config.d_model, self.pools + self.width * (2 if self.has_phasic else 1), bias=False)
         self.log_decay = nn.Parameter(torch.empty(self.pools))
@@ -95,7 +95,6 @@ class ControllerNetwork(nn.Module):
         self.output = nn.Linear(controller.hidden, served * sum(self.layout.sizes))
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.norm.weight)
         nn.init.ones_(self.input_norm.weight)
         nn.init.normal_(self.read.weight, std=self.read.in_features**-0.5)
         # Salience starts nearly flat, and the heads' memories span the context, in equal ratios down to four tokens.
@@ -119,9 +118,11 @@ class ControllerNetwork(nn.Module):
             return self._forward(hidden.to(self.read.weight.dtype), segments, cache)
 
     def _forward(self, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
-        read = self.read(self.norm(hidden))
-        stored = read.dtype
-        read = read if stored == torch.float64 else read.float()
+        stored = hidden.dtype
+        exact = torch.float64 if stored == torch.float64 else torch.float32
+        # RMSNorm before the read-out, applied after it, where there is less to scale: W(e / rms e) = W(e) / rms e
+        mean_square = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=exact).square() / hidden.shape[-1]
+        read = self.read(hidden).to(exact) * torch.rsqrt(mean_square + self.eps)
         scores, values, phasic = read.split([self.pools, self.width, self.width if self.has_phasic else 0], dim=-1)
         state = pool(
             scores / math.sqrt(hidden.shape[-1]),  # a of equation (1)
@@ -187,7 +188,10 @@ class LocalGates(SignalSource):
         )
 
     def forward(self, tap: int, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
-        raw: Tensor = self.readouts[tap](F.rms_norm(hidden, hidden.shape[-1:], eps=self.eps))
+        # in float32, like the controller that it is compared with
+        with torch.autocast("cpu" if hidden.is_meta else hidden.device.type, enabled=False):
+            normed = F.rms_norm(hidden, hidden.shape[-1:], eps=self.eps)
+            raw: Tensor = self.readouts[tap](normed.to(self.readouts[tap].weight.dtype))
         return raw.unsqueeze(2)
 
     def reset_parameters(self) -> None:

@@ -86,7 +86,11 @@ def token_losses(
     """−log softmax(hidden · weightᵀ)[target] at every position, in nats, in chunks; zero where there is no target."""
     return torch.cat(
         [
-            F.cross_entropy(F.linear(states, weight).float(), target, ignore_index=IGNORED, reduction="none")
-            for states, target in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+            F.cross_entropy(_exact(F.linear(states, weight)), target, ignore_index=IGNORED, reduction="none")
+            for states, target in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
         ]
     )
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

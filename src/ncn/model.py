@@ -21,6 +21,7 @@ from ncn.config import NCNConfig
 from ncn.controller import SignalSource, signal_source
 from ncn.errors import UserError
 from ncn.loss import chunked_cross_entropy, token_losses
+from ncn.modulation import add_scaled, scale
 from ncn.signals import SignalLayout, homeostatic_loss
 from ncn.types import AttentionMask, Hidden, Logits, Segments, Signal, TokenIds
 
@@ -107,6 +108,7 @@ class ModulatedTransformer(nn.Module):
         hidden, signals = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen)
         return chunked_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten(), chunk), signals
 
+    @torch.no_grad()
     def token_losses(
         self, input_ids: TokenIds, targets: TokenIds, *, frozen: Frozen | None = None
     ) -> Float[Tensor, "batch tokens"]:
@@ -147,7 +149,11 @@ class ModulatedTransformer(nn.Module):
 
         `input_ids` are needed only to find document borders.
         """
-        config, tokens = self.config, embeddings.shape[1]
+        config, (batch, tokens) = self.config, embeddings.shape[:2]
+        if not tokens:
+            raise UserError("there are no tokens: give at least one")
+        if cache is not None:
+            cache.check_batch(batch)
         start = cache.length if cache is not None else 0
         if start + tokens > config.context_length:
             raise UserError(
@@ -208,6 +214,7 @@ class ModulatedTransformer(nn.Module):
         else:
             segments = first.clamp(min=1).expand(shape)
         if attention_mask is not None:
+            _check_padding(attention_mask)
             segments = segments * attention_mask
         if cache is not None:
             cache.write("segments", segments)
@@ -234,12 +241,14 @@ class Layer(nn.Module):
     ) -> Hidden:
         gain, gate = signals.get("gain"), signals.get("ffn_gate")
         attention_gain, ffn_gain = (gain, gain) if gain is None or gain.ndim == 2 else gain.unbind(-1)
-        attended = self.attention(
-            self.attention_norm(x), signals.get("precision"), signals.get("head_gate"), rotation, mask, cache
-        )
-        x = _add(x, attended, attention_gain)
-        scale = gate if ffn_gain is None else ffn_gain if gate is None else ffn_gain * gate  # g · γ
-        return _add(x, self.ffn(self.ffn_norm(x)), scale)
+        head_gate = signals.get("head_gate")
+        if head_gate is not None and attention_gain is not None:
+            # the output projection is linear: g · W(η o) = W(g η o), one pass over memory less
+            head_gate, attention_gain = head_gate * attention_gain[..., None], None
+        attended = self.attention(self.attention_norm(x), signals.get("precision"), head_gate, rotation, mask, cache)
+        x = add_scaled(x, attended, attention_gain)
+        ffn_scale = gate if ffn_gain is None else ffn_gain if gate is None else ffn_gain * gate  # g · γ
+        return add_scaled(x, self.ffn(self.ffn_norm(x)), ffn_scale)
 
 
 class Attention(nn.Module):
@@ -271,8 +280,7 @@ class Attention(nn.Module):
         if rotation is not None:
             queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         if precision is not None:
-            scale = precision[..., None] if precision.ndim == 3 else precision[..., None, None]
-            queries = queries * scale.to(queries.dtype)
+            queries = scale(queries, precision if precision.ndim == 3 else precision[..., None])
         continued = False
         if cache is not None:
             continued = cache.length > 0
@@ -286,7 +294,7 @@ class Attention(nn.Module):
             enable_gqa=self.kv_heads != self.heads,
         ).transpose(1, 2)
         if head_gate is not None:
-            attended = attended * head_gate[..., None].to(attended.dtype)
+            attended = scale(attended, head_gate)
         projected: Tensor = self.output(attended.flatten(2))
         return projected
 
@@ -318,23 +326,29 @@ class FeedForward(nn.Module):
 
 
 def rotary_tables(positions: Tensor, config: NCNConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary angles, each (batch or 1, tokens, 1, head_dim / 2)."""
+    """Cosines and signed sines of the rotary angles, each (batch or 1, tokens, heads, head_dim).
+
+    They are spelt out for every head and both halves of it: a product of equal shapes is one long loop.
+    """
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=exact) / config.head_dim
     angles = positions[..., None].to(exact) * config.rope_theta**-exponents
-    return angles.cos()[:, :, None], angles.sin()[:, :, None]
+    cosine, sine = angles.cos(), angles.sin()
+    tables = torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)
+    first, second = (table[:, :, None].repeat(1, 1, config.num_heads, 1).to(dtype) for table in tables)
+    return first, second
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the pairs (i, i + head_dim/2) of the last axis by the angles of `rotary_tables`."""
-    cosine, sine = (table.to(x.dtype) for table in rotation)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1)
+    cosine, sine = (table[:, :, : x.shape[2]].to(x.dtype) for table in rotation)
+    return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, -1), sine)
 
 
-def _add(x: Tensor, written: Tensor, scale: Tensor | None) -> Tensor:
-    """x + scale · written, in one pass over memory."""
-    return x + written if scale is None else torch.addcmul(x, written.to(x.dtype), scale[..., None].to(x.dtype))
+def _check_padding(mask: Tensor) -> None:
+    """Padding may stand before or behind a row's tokens; between them it would silently cut the text in two."""
+    if not torch.compiler.is_compiling() and (mask[:, 1:] & ~mask[:, :-1]).sum(1).gt(1 - mask[:, 0].long()).any():
+        raise UserError("attention_mask has padding between tokens of one row; move it to the row's left or right end")
 
 
 def _all_true(mask: Tensor) -> bool:

@@ -179,7 +179,7 @@ def _controller(config: NCNConfig, own: Weights, hidden: Vectors, t: int) -> Ten
     controller = config.controller
     assert controller is not None
     pools, width = controller.pooling_heads, controller.width
-    read = [own["read.weight"] @ (_rms_norm(hidden[s], config) * own["norm.weight"]) for s in range(t + 1)]
+    read = [own["read.weight"] @ _rms_norm(hidden[s], config) for s in range(t + 1)]
     pooled = []
     for p in range(pools):
         values = slice(pools + p * (width // pools), pools + (p + 1) * (width // pools))

@@ -102,9 +102,11 @@ def _pool_chunk(scores: Tensor, values: Tensor, decay: Tensor, segments: Tensor 
     log_weights = scores.transpose(1, 2)[:, :, None, :] - penalty
     if segments is not None:
         log_weights = log_weights.masked_fill((segments[:, :, None] != segments[:, None, :])[:, None], -math.inf)
-    total = torch.logsumexp(log_weights, dim=-1, keepdim=True)
-    mean = torch.exp(log_weights - total) @ values.transpose(1, 2)
-    return SalienceState(total.squeeze(-1).transpose(1, 2), mean.transpose(1, 2), segments)
+    log_shares = torch.log_softmax(log_weights, dim=-1)
+    mean = log_shares.exp() @ values.transpose(1, 2)
+    # a position's own share is exp(a_t − L_t), so the denominators need no second reduction
+    own = log_shares.diagonal(dim1=-2, dim2=-1).transpose(1, 2)
+    return SalienceState(scores - own, mean.transpose(1, 2), segments)
 
 
 def _merge(before: SalienceState, inside: SalienceState, fading: Tensor) -> SalienceState:

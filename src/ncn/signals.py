@@ -171,7 +171,9 @@ def controller_problem(config: ControllerConfig, statistics: Mapping[str, Mappin
     """
     for name, values in statistics.items():
         if values["saturation"] > 0.5:
-            return f"signal {name} sits at a bound of its range for {values['saturation']:.0%} of its values"
+            return (
+                f"in one layer, signal {name} sits at a bound of its range for {values['saturation']:.0%} of its values"
+            )
     if all(values["spread"] < 1e-4 for values in statistics.values()) and config.kind != "static":
         return "the controller is stuck: no signal varies over tokens by more than 0.0001"
     return None
@@ -181,8 +183,8 @@ def controller_problem(config: ControllerConfig, statistics: Mapping[str, Mappin
 def signal_statistics(
     signals: Mapping[str, Signal], maps: Literal["smooth", "published"]
 ) -> dict[str, dict[str, float]]:
-    """Per signal: mean; spread, the standard deviation over tokens (mean over layers); saturation, the fraction of values within 1 % of
-    their range from a bound that is not neutral."""
+    """Per signal: mean; spread, the standard deviation over tokens, averaged over layers and heads; saturation, the
+    fraction of values within 1 % of the range from a bound that is not neutral, in the layer where it is largest."""
     result = {}
     for name, signal in signals.items():
         mapping = range_map(name, maps)
@@ -193,6 +195,6 @@ def signal_statistics(
         result[name] = {
             "mean": signal.mean().item(),
             "spread": signal.flatten(0, 1).std(0).mean().item() if signal.shape[:2].numel() > 1 else 0.0,
-            "saturation": outside.float().mean().item(),
+            "saturation": outside.float().transpose(0, 2).flatten(1).mean(1).max().item(),
         }
     return result

@@ -1,0 +1,52 @@
+"""The model that ships with the package: small, readable by the package's own loader, and as good as was reported."""
+
+import json
+import lzma
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+
+import ncn
+from ncn.generate import generate
+
+ASSETS = Path(str(resources.files("ncn"))) / "assets"
+REPORTED = json.loads((Path(__file__).parents[1] / "results" / "mini" / "summary.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[ncn.ModulatedTransformer, ncn.Tokenizer]:
+    return ncn.load("stories-mini")
+
+
+def test_it_is_small_and_in_bfloat16() -> None:
+    folder = ASSETS / "stories-mini"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5_000_000
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+def test_its_loss_on_validation_stories_is_the_reported_one(
+    loaded: tuple[ncn.ModulatedTransformer, ncn.Tokenizer],
+) -> None:
+    text = lzma.decompress((ASSETS / "tinystories_valid.txt.xz").read_bytes()).decode()
+    stories = [story.strip() for story in text.split("<|endoftext|>") if story.strip()][:200]
+    bits = ncn.bits_per_byte(*loaded, stories)
+    # A sample of stories, read one by one, against the whole file in fixed windows: the same within a few percent.
+    assert bits == pytest.approx(REPORTED["validation_bits_per_byte"], rel=0.05)
+    assert bits < 0.92
+
+
+def test_its_signals_have_left_neutral(loaded: tuple[ncn.ModulatedTransformer, ncn.Tokenizer]) -> None:
+    model, tokenizer = loaded
+    scan = ncn.scan(model, tokenizer, "Timmy wanted an apple. He looked in the box, but it was empty.")
+    assert all(values.std(axis=0).mean() > 0.01 for values in scan.signals.values())
+
+
+def test_it_tells_a_story(loaded: tuple[ncn.ModulatedTransformer, ncn.Tokenizer]) -> None:
+    story = "".join(generate(*loaded, "Once upon a time", max_tokens=60, temperature=0))
+    assert len(story.split()) > 30
+    assert "." in story
