@@ -140,12 +140,9 @@ class NCNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyp
             embeddings, input_ids = inputs_embeds, self._separators(inputs_embeds)
         else:
             raise ValueError("give either input_ids or inputs_embeds")
-        checkpointing = self.gradient_checkpointing and self.training
-        self.core.checkpointing = checkpointing
+        self.core.checkpointing = self.gradient_checkpointing and self.training
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if checkpointing:
-            past_key_values = None  # recomputing a layer would write to the cache again
-        elif use_cache and past_key_values is None and not self.training:
+        if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
 
         hidden, signals = self.core.hidden_states(
