@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -35,14 +35,14 @@ def main() -> None:
         app()
     except UserError as error:
         _fail(f"error: {error}", 1)
-    except KeyboardInterrupt as stop:
-        _fail(str(stop) or "stopped", 130)
     except BrokenPipeError:  # the reader of the output has gone, as in `ncn generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:  # a folder that cannot be written to, a full disk, ...
+        _fail(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
 
 
-def _fail(message: str, status: int) -> None:
+def _fail(message: str, status: int) -> NoReturn:
     print(message, file=sys.stderr)
     sys.exit(status)
 
@@ -119,10 +119,16 @@ def train(
     changes = [*(settings or [])]
     changes += ["model.controller=null"] if baseline else []
     changes += ["train.compile=true"] if compile_model else []
-    recipe = Recipe.read(config or preset or "mini", changes)
+    # A run that is resumed without further words goes on with its own recipe.
+    begun = out / "config.json" if resume and (out / "config.json").is_file() else None
+    recipe = Recipe.read(config or preset or begun or "mini", changes)
+    from ncn.stopping import Interrupted
     from ncn.train import train as run
 
-    summary = run(recipe, data, out, valid=valid, resume=resume)
+    try:
+        summary = run(recipe, data, out, valid=valid, resume=resume)
+    except Interrupted as stop:
+        _fail(f"{stop}; to go on, give the same command with --resume", 130)
     for key, value in summary.items():
         print(f"{key:26s} {value:,.4f}" if isinstance(value, float) else f"{key:26s} {value:,}")
 
@@ -237,6 +243,8 @@ def info(
     if name in presets() or Path(name).suffix in {".yaml", ".yml", ".json"}:
         config = Recipe.read(name, settings or []).model
     else:
+        if settings:
+            raise UserError(f"{name} is a trained model: settings can only be changed in a preset or a recipe file")
         config = read_config(find(name))
     found = costs(config)
     total_flops = sum(found.flops.values())
@@ -263,8 +271,12 @@ def demo(
 ) -> None:
     """Train `mini` and its static twin on the bundled stories, compare them, tell a story, draw a brain scan."""
     from ncn.experiments.demo import run_demo
+    from ncn.stopping import Interrupted
 
-    result = run_demo(out, overrides=tuple(settings or []))
+    try:
+        result = run_demo(out, overrides=tuple(settings or []))
+    except Interrupted as stop:
+        _fail(f"{stop}; to go on, give the same command again", 130)
     print(f"\n{'':28s}{'parameters':>12s}{'loss':>9s}{'perplexity':>12s}{'bits/byte':>11s}{'seconds':>9s}")
     for name, label in (("ncn", "with controller"), ("twin", "static twin")):
         arm = result.arms[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,7 +68,7 @@ def evaluate(
     text_bytes = dataset.text_bytes * tokens / (dataset.tokens - 1)
     return Evaluation(
         loss=total / tokens,
-        perplexity=math.exp(total / tokens),
+        perplexity=math.exp(min(total / tokens, 700)),  # beyond, a float overflows
         bits_per_byte=total / math.log(2) / text_bytes,
         tokens=tokens,
         by_position=_by_position(sums, counts),
@@ -80,7 +81,10 @@ def bits_per_byte(model: ModulatedTransformer, tokenizer: Tokenizer, texts: Iter
     A text longer than the context is read in windows that overlap by half, so that every token but the first few has
     at least half a context before it. The end of a text is not part of it and is not scored.
     """
-    nats, size, pending = 0.0, 0, []
+    if isinstance(texts, str):
+        raise UserError("give a list of texts: a lone string would be read letter by letter")
+    nats, size = 0.0, 0
+    pending: list[tuple[list[int], list[int]]] = []
     for text in texts:
         ids = tokenizer.encode(text)
         size += len(text.encode())
@@ -143,22 +147,16 @@ def check_vocabulary(model: ModulatedTransformer, dataset: TokenDataset) -> None
         )
 
 
-class _evaluating:
+@contextmanager
+def _evaluating(model: ModulatedTransformer, autocast: torch.dtype | None) -> Iterator[torch.device]:
     """Evaluation mode, and autocast when a type is given; gives the model's device, and restores the mode."""
-
-    def __init__(self, model: ModulatedTransformer, autocast: torch.dtype | None) -> None:
-        self.model, self.was_training = model, model.training
-        self.device = next(model.parameters()).device
-        self.autocast = torch.autocast(self.device.type, autocast, enabled=autocast is not None)
-
-    def __enter__(self) -> torch.device:
-        self.model.eval()
-        self.autocast.__enter__()
-        return self.device
-
-    def __exit__(self, *error: Any) -> None:
-        self.autocast.__exit__(*error)
-        self.model.train(self.was_training)
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            yield device
+    finally:
+        model.train(was_training)
 
 
 def _by_position(sums: Tensor, counts: Tensor) -> dict[str, float]:

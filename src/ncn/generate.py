@@ -85,7 +85,7 @@ def _choose(
 ) -> Tensor:
     if temperature == 0:
         return logits.argmax()
-    logits = logits.float() / temperature
+    logits = (logits.float() - logits.max()) / temperature  # no temperature is too low: the largest stays 0
     if top_k is not None and top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     probabilities = logits.softmax(-1)
@@ -99,7 +99,7 @@ def _choose(
 def _check_sampling(max_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     if max_tokens < 1:
         raise UserError(f"max_tokens must be at least 1, not {max_tokens}")
-    if temperature < 0:
+    if not temperature >= 0:
         raise UserError(f"temperature must be 0 or more, not {temperature}")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k must be at least 1, not {top_k}")

@@ -80,8 +80,7 @@ def load_optimizer_state(
         if key.startswith("optimizer."):
             name, entry = key.removeprefix("optimizer.").split("/")
             parameter = parameters[name]
-            where = parameter.device if entry != "step" else value.device
-            owners[id(parameter)].state[parameter][entry] = value.to(where)
+            owners[id(parameter)].state[parameter][entry] = value.to(parameter.device)
 
 
 def _states(model: ModulatedTransformer, optimizers: Sequence[Optimizer]) -> list[tuple[str, dict[str, Any]]]:

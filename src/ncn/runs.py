@@ -19,7 +19,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,10 +54,13 @@ class RunFolder:
     def create(cls, path: str | Path, recipe: Recipe, environment: Mapping[str, Any]) -> RunFolder:
         """Begin a run; refuses a folder that already holds something."""
         run = cls(path)
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        # A kill may have come between the two files below; the second one says that the run has begun.
+        unfinished = {"env.json", *(name + PART_SUFFIX for name in ("env.json", "config.json"))}
+        taken = run.path.exists() and not run.path.is_dir()
+        if taken or (run.path.is_dir() and {entry.name for entry in run.path.iterdir()} - unfinished):
             hint = "add --resume to continue it, or " if (run.path / "config.json").exists() else ""
             raise UserError(f"{run.path} already exists and is not empty; {hint}choose another --out")
-        with no_space_in_one_line(run.path):
+        with disk_problem_in_one_line(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
             write_json(run.path / "env.json", environment)
             write_json(run.path / "config.json", recipe.model_dump(mode="json"))
@@ -75,6 +79,27 @@ class RunFolder:
 
     def environment(self) -> dict[str, Any]:
         return read_json(self.path / "env.json")
+
+    def check_unchanged(self, recipe: Recipe, data: Mapping[str, str | None]) -> None:
+        """Raises `UserError` that names the difference if the run was begun with another recipe or other data.
+
+        `data` holds the fingerprints of the training and validation data, as env.json does. What may differ is what
+        does not change the result.
+        """
+        before, after = _flat(self.recipe().model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+        for name in sorted(before.keys() | after.keys()):
+            if name not in _FREE and before.get(name) != after.get(name):
+                raise UserError(
+                    f"the recipe has changed since the run began: {name} was {before.get(name)!r} and is now "
+                    f"{after.get(name)!r}; resume with the old one, or start a new run"
+                )
+        environment = self.environment()
+        for kind, option in (("data", "--data"), ("validation", "--valid")):
+            if environment.get(kind) != data[kind]:
+                raise UserError(
+                    f"the {'training' if kind == 'data' else kind} data is not that of the run in {self.path}; "
+                    f"give the same {option} to resume"
+                )
 
     def summary(self) -> dict[str, Any]:
         """The end result; raises `UserError` for a run that has not finished."""
@@ -99,13 +124,23 @@ class RunFolder:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        with no_space_in_one_line(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with disk_problem_in_one_line(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def amend_metrics(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Put `facts` into the last logged line, which is returned. Doing it twice is the same as doing it once."""
+        lines = self.metrics()
+        lines[-1] |= facts
+        self._write_metrics(lines)
+        return lines[-1]
 
     def truncate_metrics(self, step: int) -> None:
         """Forget what was logged after `step`: the steps from there on are about to be run again."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        self._write_metrics([line for line in self.metrics() if line["step"] <= step])
+
+    def _write_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        with disk_problem_in_one_line(self.path):
+            write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint files, newest first."""
@@ -117,8 +152,9 @@ class RunFolder:
         final = folder / f"step-{step:08d}.safetensors"
         part = final.with_name(final.name + PART_SUFFIX)
         try:
-            with no_space_in_one_line(self.path):
+            with disk_problem_in_one_line(self.path):
                 folder.mkdir(exist_ok=True)
+                self._flush_metrics()
                 # safetensors refuses tensors that share memory, and wants them contiguous
                 save_file(
                     {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
@@ -134,8 +170,21 @@ class RunFolder:
             old.unlink()
         return final
 
+    def _flush_metrics(self) -> None:
+        # After a power cut a checkpoint must not be there without the lines that were logged before it.
+        path = self.path / "metrics.jsonl"
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
     def load_checkpoint(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """The newest readable checkpoint, None if there is none at all; `warn` is told of each that is damaged."""
+        folder = self.path / "checkpoints"
+        for leftover in [
+            *folder.glob(f"*{PART_SUFFIX}"),
+            *folder.glob(".tmp*"),
+        ]:  # safetensors writes to .tmp... itself
+            leftover.unlink()
         found = self.checkpoints()
         for path in found:
             try:
@@ -143,7 +192,7 @@ class RunFolder:
             except UserError as error:
                 warn(str(error))
         if found:
-            raise UserError(f"no checkpoint in {self.path / 'checkpoints'} can be read; start the run anew")
+            raise UserError(f"no checkpoint in {folder} can be read; start the run anew")
         return None
 
 
@@ -159,32 +208,33 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"the checkpoint {path} is damaged ({error})") from None
 
 
-class no_space_in_one_line:
-    """Context in which a full or unwritable disk becomes one line that says what is still safe."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        reason = _disk_problem(error)
-        if reason:
-            raise UserError(
-                f"cannot write to {self.path}: {reason}; "
-                "what was saved before is intact: free some space, then continue with --resume"
-            ) from None
+@contextmanager
+def disk_problem_in_one_line(path: Path) -> Iterator[None]:
+    """Context in which a full or unwritable disk becomes one line that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        full = getattr(error, "errno", None) in _FULL or any(os.strerror(number) in reason for number in _FULL)
+        remedy = (
+            "what was saved before is intact: free some space, then continue with --resume"
+            if full
+            else "choose a folder that can be written to"
+        )
+        raise UserError(f"cannot write to {path}: {reason}; {remedy}") from None
 
 
-def _disk_problem(error: BaseException | None) -> str | None:
-    if isinstance(error, SafetensorError) and "No space left" in str(error):
-        return "no space left on the device"
-    if isinstance(error, OSError):
-        return "no space left on the device" if error.errno == errno.ENOSPC else error.strerror or str(error)
-    if isinstance(error, SafetensorError):
-        return str(error)
-    return None
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# Settings that may differ between a run and its continuation, because they do not change the result.
+_FREE = ("train.device", "train.trackers", "train.checkpoint_every")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,16 +15,18 @@ _INSTALL = {"tensorboard": 'pip install "ncn[train]"', "trackio": "pip install t
 
 
 class Tracker:
-    """Sends every logged line to all trackers of a run."""
+    """Sends every logged line to all trackers of a run, which has `step` steps behind it."""
 
-    def __init__(self, names: Sequence[str], run: RunFolder) -> None:
+    def __init__(self, names: Sequence[str], run: RunFolder, step: int) -> None:
         self._board: Any = None
         self._services: list[Any] = []
         for name in names:
             if name == "tensorboard":
-                self._board = _module("torch.utils.tensorboard", name).SummaryWriter(str(run.path / "tensorboard"))
+                board = importlib.import_module("torch.utils.tensorboard")
+                # What was logged after the checkpoint that the run goes on from will be logged again.
+                self._board = board.SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
             else:
-                service = _module(name, name)
+                service = importlib.import_module(name)
                 service.init(project="ncn", name=run.path.name, config=run.recipe().model_dump(mode="json"))
                 self._services.append(service)
 
@@ -43,25 +46,25 @@ class Tracker:
             service.finish()
 
 
+def check_installed(names: Sequence[str]) -> None:
+    """Raises `UserError` with the install command for the first of the trackers that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"tracker {name} is not installed: {_INSTALL[name]}")
+
+
 @contextmanager
-def open_trackers(names: Sequence[str], run: RunFolder) -> Iterator[Tracker]:
-    """A tracker for the services called `names`; raises `UserError` when one is not installed."""
-    tracker = Tracker(names, run)
+def open_trackers(names: Sequence[str], run: RunFolder, step: int) -> Iterator[Tracker]:
+    """A tracker for the services called `names`, open while the context lasts."""
+    tracker = Tracker(names, run, step)
     try:
         yield tracker
     finally:
         tracker.close()
 
 
-def _module(path: str, name: str) -> Any:
-    try:
-        return importlib.import_module(path)
-    except ImportError:
-        raise UserError(f"tracker {name} is not installed: {_INSTALL[name]}") from None
-
-
-def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    flat: dict[str, float] = {}
+def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for key, value in line.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}/")

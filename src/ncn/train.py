@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import signal as process_signals
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,19 +15,16 @@ from torch import Tensor, nn
 from ncn.config import Recipe, TrainConfig
 from ncn.data import TokenDataset
 from ncn.errors import UserError
-from ncn.evaluate import check_vocabulary, evaluate
+from ncn.evaluate import evaluate
 from ncn.loss import IGNORED
 from ncn.model import ModulatedTransformer
 from ncn.optimizers import build_optimizers, learning_rate_factor, load_optimizer_state, optimizer_state
 from ncn.progress import TrainingProgress
-from ncn.runs import RunFolder, describe_environment, write_json
+from ncn.runs import RunFolder, describe_environment, disk_problem_in_one_line, write_json
 from ncn.signals import controller_problem, homeostatic_loss, signal_statistics
+from ncn.stopping import Interrupted, graceful_stop
 from ncn.store import save_model
-from ncn.trackers import Tracker, open_trackers
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C or SIGTERM after its state was saved."""
+from ncn.trackers import Tracker, check_installed, open_trackers
 
 
 @dataclass
@@ -78,7 +73,7 @@ class Training:
         loss_sum = homeostatic_sum = 0.0
         signals: dict[str, Tensor] = {}
         size = -(-self.config.batch_size // self.config.accumulation)
-        for inputs, targets in zip(batch.inputs.split(size), batch.targets.split(size), strict=True):
+        for inputs, targets in zip(torch.split(batch.inputs, size), torch.split(batch.targets, size), strict=True):
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 nats, signals = self.loss(inputs.to(self.device), targets.to(self.device), chunk=self.config.loss_chunk)
                 objective = nats / count
@@ -89,7 +84,9 @@ class Training:
             objective.backward()  # type: ignore[no-untyped-call]
             loss_sum += nats.item() / count
             homeostatic_sum += homeostatic.item()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
+        if not math.isfinite(loss_sum + norm):
+            raise self.not_a_number("loss or its gradient")
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
@@ -97,18 +94,16 @@ class Training:
         self.step += 1
         self.sums.loss += loss_sum
         self.sums.homeostatic += homeostatic_sum
-        self.sums.grad_norm += norm.item()
+        self.sums.grad_norm += norm
         self.sums.steps += 1
         return signals
 
-    def check_finite(self) -> None:
-        """Raises `UserError` when the loss or the gradient has become infinite or not a number."""
-        if not math.isfinite(self.sums.loss + self.sums.grad_norm):
-            raise UserError(
-                f"the loss or its gradient is no longer a number at step {self.step}; "
-                f"the last good checkpoint is kept in {self.run.path / 'checkpoints'}: start a new run with a lower "
-                "learning_rate or a longer warmup"
-            )
+    def not_a_number(self, what: str) -> UserError:
+        kept = f"the last good checkpoint stays in {self.run.path / 'checkpoints'}; " if self.run.checkpoints() else ""
+        return UserError(
+            f"the {what} is no longer a number at step {self.step}: {kept}"
+            "start a new run with a lower learning rate or a longer warmup"
+        )
 
     def controller_grad_norm(self) -> float:
         """Norm of the controller's gradient, after clipping; 0 without a controller."""
@@ -138,6 +133,16 @@ class Training:
             }
         return line | {"tokens_per_second": speed, "seconds": seconds}
 
+    def warn_once(self, line: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        """Say it when a signal saturates or the controller is stuck, once in a run, and not while it finds its feet."""
+        controller = self.recipe.model.controller
+        if controller is None or self.warned or self.step <= self.total_steps // 10:
+            return
+        problem = controller_problem(controller, line["signals"])
+        if problem:
+            self.warned = True
+            say(f"warning at step {self.step}: {problem}")
+
     def bits_per_byte(self, loss: float) -> float:
         return loss / math.log(2) * self.dataset.tokens / self.dataset.text_bytes
 
@@ -154,8 +159,9 @@ class Training:
 
     def save(self, seconds: float) -> Path:
         """Write a checkpoint of everything that the next step depends on."""
-        self.check_finite()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise self.not_a_number("model")
         tensors |= optimizer_state(self.model, self.optimizers)
         facts = {
             "step": self.step,
@@ -175,10 +181,7 @@ class Training:
             return 0.0
         facts = checkpoint.facts
         if facts["data"] != self.dataset.fingerprint:
-            raise UserError(
-                f"the data in {self.dataset.folder} is not the data that {self.run.path} was trained on; "
-                "give the same --data to resume"
-            )
+            raise UserError(f"the checkpoint of {self.run.path} is of a run on other data; give --data of that run")
         if facts["autocast"] != str(self.autocast):
             warn(
                 f"the run used {facts['autocast']} until now and goes on with {self.autocast}: not bit for bit the same"
@@ -186,7 +189,12 @@ class Training:
         weights = {
             name.removeprefix("model."): t for name, t in checkpoint.tensors.items() if name.startswith("model.")
         }
-        self.model.load_state_dict(weights)
+        try:
+            self.model.load_state_dict(weights)
+        except RuntimeError:
+            raise UserError(
+                f"the newest checkpoint in {self.run.path / 'checkpoints'} is of another model; remove it"
+            ) from None
         load_optimizer_state(self.model, self.optimizers, checkpoint.tensors)
         self.step, self.sums, self.warned = facts["step"], Accumulated(**facts["sums"]), facts["warned"]
         self.run.truncate_metrics(self.step)
@@ -206,62 +214,60 @@ def train(
     """Train a model by `recipe` on prepared `data` and leave a run folder at `out`; returns its summary.
 
     The model's vocabulary and separator are taken from the data. With `resume`, an interrupted run continues bit for
-    bit (on CPU); a finished one returns its summary. Raises `UserError` for unusable data or folders, a changed recipe
-    or changed data on resume, a full disk, and a loss that is no longer a number; `Interrupted` after Ctrl-C.
+    bit (on CPU), one that never began begins, and a finished one returns its summary. Raises `UserError` for unusable
+    data or folders, a changed recipe or changed data on resume, a full disk, and a loss that is no longer a number;
+    `Interrupted` after Ctrl-C.
     """
-    training = begin(recipe, data, out, valid=valid, resume=resume, say=say)
+    training = begin(recipe, data, out, valid=valid, resume=resume)
     if training.run.finished:
         say(f"{training.run.path} is finished already")
         return training.run.summary()
     seconds = training.restore(say) if resume else 0.0
-    with open_trackers(recipe.train.trackers, training.run) as tracker, graceful_stop() as stopped:
-        return _loop(training, seconds, tracker, stopped, progress, say)
+    begun = time.monotonic() - seconds
+    with open_trackers(recipe.train.trackers, training.run, training.step) as tracker:
+        with graceful_stop() as stopped:
+            _loop(training, begun, tracker, stopped, progress, say)
+        return _finish(training, begun, tracker)
 
 
-def begin(
-    recipe: Recipe,
-    data: str | Path,
-    out: str | Path,
-    *,
-    valid: str | Path | None,
-    resume: bool,
-    say: Callable[[str], None],
-) -> Training:
-    """Open the data, create or reopen the run folder, and build the model at its initial weights."""
+def begin(recipe: Recipe, data: str | Path, out: str | Path, *, valid: str | Path | None, resume: bool) -> Training:
+    """Open the data, build the model at its initial weights, and create or reopen the run folder.
+
+    The folder comes last, so that a mistake leaves none behind.
+    """
+    check_installed(recipe.train.trackers)
     dataset = TokenDataset.open(data)
+    dataset.tokenizer()  # a run that cannot save its tokenizer in the end should not begin
     valid_set = TokenDataset.open(valid) if valid else None
     recipe = fit_to_data(recipe, dataset)
-    tokenizer = dataset.tokenizer()
-    device = _device(recipe.train.device)
-    autocast = arithmetic(recipe.train.precision, device)
-    if resume and (Path(out) / "config.json").exists():
-        run = RunFolder.open(out)
-        _check_unchanged(run.recipe(), recipe)
-        if run.environment().get("data") != dataset.fingerprint:
-            raise UserError(
-                f"the data in {dataset.folder} is not the data of {run.path}; give the same --data to resume"
-            )
-    else:
-        environment = describe_environment(
-            device,
-            data=dataset.fingerprint,
-            validation=valid_set.fingerprint if valid_set else None,
-            autocast=str(autocast),
-        )
-        run = RunFolder.create(out, recipe, environment)
-    torch.manual_seed(recipe.train.seed)
-    model = ModulatedTransformer(recipe.model).to(device)
-    check_vocabulary(model, dataset)
-    if valid_set:
-        check_vocabulary(model, valid_set)
-    tokenizer.save(run.path)
-    training = Training(recipe, run, dataset, valid_set, model, device, autocast)
-    if dataset.tokens < training.context:
+    context = recipe.train.context or recipe.model.context_length
+    if dataset.tokens < context:
         raise UserError(
-            f"the data has {dataset.tokens} tokens, less than one window of {training.context}; "
+            f"the data has {dataset.tokens} tokens, less than one window of {context}; "
             "prepare more text, or lower context"
         )
-    return training
+    device = _device(recipe.train.device)
+    autocast = arithmetic(recipe.train.precision, device)
+    torch.manual_seed(recipe.train.seed)
+    model = ModulatedTransformer(recipe.model).to(device)
+    if valid_set:
+        check_same_tokenizer(dataset, valid_set)
+    identity = {"data": dataset.fingerprint, "validation": valid_set.fingerprint if valid_set else None}
+    if resume and (Path(out) / "config.json").exists():
+        run = RunFolder.open(out)
+        run.check_unchanged(recipe, identity)
+    else:
+        run = RunFolder.create(out, recipe, describe_environment(device, autocast=str(autocast), **identity))
+    return Training(recipe, run, dataset, valid_set, model, device, autocast)
+
+
+def check_same_tokenizer(data: TokenDataset, valid: TokenDataset) -> None:
+    """Raises `UserError` if the validation data was made by another tokenizer than the training data."""
+    if valid.manifest.tokenizer_sha256 != data.manifest.tokenizer_sha256:
+        raise UserError(
+            f"{valid.folder} and {data.folder} were prepared with different tokenizers; "
+            f"prepare the validation data with --tokenizer {data.folder}"
+        )
 
 
 def fit_to_data(recipe: Recipe, dataset: TokenDataset) -> Recipe:
@@ -278,71 +284,66 @@ def fit_to_data(recipe: Recipe, dataset: TokenDataset) -> Recipe:
 
 def _loop(
     training: Training,
-    seconds: float,
+    begun: float,
     tracker: Tracker,
     stopped: Callable[[], bool],
     progress: bool,
     say: Callable[[str], None],
-) -> dict[str, Any]:
-    config, run = training.config, training.run
-    begun, logged_at, logged_step = time.monotonic() - seconds, time.monotonic(), training.step
-    best: dict[str, float] = {}
-    with TrainingProgress(training.total_steps, training.tokens_per_step, training.step, progress) as bar:
-        while training.step < training.total_steps:
+) -> None:
+    """Train until the last step, and leave its checkpoint; or until asked to stop."""
+    config, run, total = training.config, training.run, training.total_steps
+    logged_at, logged_step = time.monotonic(), training.step
+    with TrainingProgress(total, training.tokens_per_step, training.step, progress) as bar:
+        while training.step < total:
             signals = training.train_step()
-            last = training.step == training.total_steps
-            if training.step % config.log_every == 0 or last:
-                training.check_finite()
+            last = training.step == total
+            validates = training.valid is not None and training.step % config.eval_every == 0 and not last
+            line = None
+            if training.step % config.log_every == 0 or validates or last:
                 now = time.monotonic()
                 speed = (training.step - logged_step) * training.tokens_per_step / (now - logged_at)
                 line = training.line(signals, speed, now - begun)
-                if training.step % config.eval_every == 0 and not last:
+                if validates:
                     line |= training.validate(config.eval_tokens)
-                if training.recipe.model.controller and not training.warned:
-                    problem = controller_problem(training.recipe.model.controller, line["signals"])
-                    if problem and training.step > training.total_steps // 10:
-                        training.warned = True
-                        say(f"warning at step {training.step}: {problem}")
-                if not last:
-                    run.append_metrics(line)
-                    tracker.log(line)
+                training.warn_once(line, say)
+                run.append_metrics(line)
+                tracker.log(line)
                 training.sums = Accumulated()
                 logged_at, logged_step = time.monotonic(), training.step
-                bar.update(training.step, line)
-            else:
-                bar.update(training.step, None)
+            bar.update(training.step, line)
             for optimizer in training.optimizers:
                 optimizer.zero_grad()
-            if stopped():
+            stop = stopped() and not last
+            if stop or last or training.step % config.checkpoint_every == 0:
                 training.save(time.monotonic() - begun)
-                raise Interrupted(f"stopped at step {training.step} of {training.total_steps}; continue with --resume")
-            if training.step % config.checkpoint_every == 0 or last:
-                training.save(time.monotonic() - begun)
-        best = training.validate(None)
-        line |= best
-        run.append_metrics(line)
-        tracker.log(line)
-    return _finish(training, line, time.monotonic() - begun)
+            if stop:
+                raise Interrupted(f"stopped at step {training.step} of {total}, saved in {run.path}")
 
 
-def _finish(training: Training, line: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """Save the trained model, draw the curve, and, last of all, write the summary that says "finished"."""
+def _finish(training: Training, begun: float, tracker: Tracker) -> dict[str, Any]:
+    """Validate, save the trained model, draw the curve, and, last of all, write the summary that says "finished"."""
     from ncn.plot import loss_curve, published_curve
 
     run = training.run
-    save_model(training.model, run.model_folder, training.dataset.tokenizer())
+    best = training.validate(None)
+    line = run.amend_metrics(best)
+    tracker.log({"step": training.step, **best})
+    seconds = time.monotonic() - begun
     gpt2 = training.recipe.model.vocab_size == 50257
-    loss_curve(run.metrics(), run.path / "loss.png", published=published_curve() if gpt2 else None)
+    with disk_problem_in_one_line(run.path):
+        save_model(training.model, run.model_folder, training.dataset.tokenizer())
+        loss_curve(run.metrics(), run.path / "loss.png", published=published_curve() if gpt2 else None)
     summary = {
         "steps": training.total_steps,
-        "tokens": training.total_steps * training.tokens_per_step,
+        "tokens": line["tokens"],
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "loss": line["loss"],
-        **{key: value for key, value in line.items() if key.startswith("validation_")},
+        **best,
         "seconds": seconds,
-        "tokens_per_second": training.total_steps * training.tokens_per_step / seconds,
+        "tokens_per_second": line["tokens"] / seconds,
     }
-    write_json(run.path / "summary.json", summary)
+    with disk_problem_in_one_line(run.path):
+        write_json(run.path / "summary.json", summary)
     return summary
 
 
@@ -370,47 +371,3 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError):
         raise UserError(f"no device {name!r} here; use device=cpu or device=auto") from None
     return device
-
-
-# What may differ between a run and its continuation: nothing that changes the result.
-_FREE = ("device", "trackers", "checkpoint_every")
-
-
-def _check_unchanged(old: Recipe, new: Recipe) -> None:
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    for name in before.keys() | after.keys():
-        if name.split(".")[-1] not in _FREE and before.get(name) != after.get(name):
-            raise UserError(
-                f"the recipe has changed since the run began: {name} was {before.get(name)!r} and is now "
-                f"{after.get(name)!r}; resume with the old one, or start a new run"
-            )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-@contextmanager
-def graceful_stop() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag that is looked at between steps; a second one stops at once."""
-    received: list[int] = []
-    kinds = (process_signals.SIGINT, process_signals.SIGTERM)
-
-    def note(number: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        previous = {kind: process_signals.signal(kind, note) for kind in kinds}
-    except ValueError:  # not the main thread: signals are somebody else's business
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(received)
-    finally:
-        for kind, handler in previous.items():
-            process_signals.signal(kind, handler)

@@ -47,9 +47,7 @@ def run_demo(out: Path, *, preset: str = "mini", overrides: tuple[str, ...] = ()
     results = {}
     for name, arm in arms.items():
         print(f"training the {'model with a controller' if name == 'ncn' else 'static twin'} ...", flush=True)
-        results[name] = train(
-            arm, out / "data", out / name, valid=out / "valid", resume=True, progress=progress, say=lambda line: None
-        )
+        results[name] = train(arm, out / "data", out / name, valid=out / "valid", resume=True, progress=progress)
     model, tokenizer = load(str(out / "ncn"))
     story = PROMPT + "".join(generate(model, tokenizer, PROMPT, temperature=0.7, top_p=0.95, seed=7))
     (out / "story.txt").write_text(story + "\n", "utf-8")
