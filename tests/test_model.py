@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from contracts.variants import VOCABULARY, awake, config, text
 from ncn.cache import Cache
+from ncn.costs import parameter_groups
 from ncn.errors import UserError
-from ncn.model import Attention, ModulatedTransformer, parameter_groups
+from ncn.model import Attention, ModulatedTransformer
 from ncn.signals import homeostatic_loss
 
 

@@ -25,7 +25,7 @@ class Cache:
         self._slots: dict[str, Tensor] = {}
 
     def write(self, name: str, new: Tensor) -> Tensor:
-        """Put `new` (batch, tokens, ...) behind the slots held, and return all of them: (batch, length + tokens, ...)."""
+        """Put `new` (batch, tokens, ...) behind the slots held; returns all of them: (batch, length + tokens, ...)."""
         end = self.length + new.shape[1]
         buffer = self._slots.get(name)
         if buffer is None or buffer.shape[1] < end:

@@ -27,7 +27,7 @@ class _Config(BaseModel):
 
     @classmethod
     def parse(cls: type[Config], values: Mapping[str, Any]) -> Config:
-        """Validate `values`; raises `UserError` with one line that names the field and, for a misspelt one, the nearest."""
+        """Validate `values`; raises `UserError`, one line that names the field and, for a misspelt one, the nearest."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -43,8 +43,8 @@ class ControllerConfig(_Config):
 
     kind: Literal["ncn", "static", "local"] = Field(
         "ncn",
-        description="ncn: one network reads the context (equations 1 to 3); static: one learned constant per signal and "
-        "layer; local: each layer's own linear read-out of its input. The last two are the control arms of an A/B.",
+        description="ncn: one network reads the context (equations 1 to 3); static: one learned constant per signal "
+        "and layer; local: each layer's own linear read-out of its input. The last two are the control arms of an A/B.",
     )
     signals: tuple[SignalName, ...] = Field(
         ("gain", "precision", "ffn_gate", "head_gate"), description="control signals to send, in this order"
@@ -208,7 +208,7 @@ class Recipe(_Config):
 
     @classmethod
     def read(cls, source: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-        """A preset's name or a YAML/JSON file, then dotted overrides such as ``controller.taps=[0,2]`` or ``train.seed=3``.
+        """A preset's name or a YAML/JSON file, then dotted overrides: ``controller.taps=[0,2]``, ``train.seed=3``.
 
         An override's first word may be ``model`` or ``train``; without it the field is looked up in both.
         A file may hold ``preset: NAME`` and only what differs from it.

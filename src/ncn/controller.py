@@ -113,7 +113,7 @@ class ControllerNetwork(nn.Module):
             self.output.bias.copy_(self.layout.initial_bias().repeat(self.served))
 
     def forward(self, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
-        # The exponentials and long sums of the pooling do not survive bfloat16, and the controller is too small to gain.
+        # Exponentials and long sums do not survive bfloat16, and the controller is too small to gain from it.
         with torch.autocast("cpu" if hidden.is_meta else hidden.device.type, enabled=False):
             return self._forward(hidden.to(self.read.weight.dtype), segments, cache)
 
@@ -139,7 +139,7 @@ class ControllerNetwork(nn.Module):
             cache.write(f"{self.name}.mean", state.mean)
         # equation (2)
         raw: Tensor = self.output(torch.tanh(self.expand(self.input_norm(context.to(stored)))))
-        return raw.unflatten(-1, (self.served, -1))
+        return torch.unflatten(raw, -1, (self.served, -1))
 
     def _past(self, cache: Cache | None) -> SalienceState | None:
         if cache is None or not cache.length:
@@ -188,10 +188,12 @@ class LocalGates(SignalSource):
         )
 
     def forward(self, tap: int, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
+        readout = self.readouts[tap]
+        assert isinstance(readout, nn.Linear)
         # in float32, like the controller that it is compared with
         with torch.autocast("cpu" if hidden.is_meta else hidden.device.type, enabled=False):
             normed = F.rms_norm(hidden, hidden.shape[-1:], eps=self.eps)
-            raw: Tensor = self.readouts[tap](normed.to(self.readouts[tap].weight.dtype))
+            raw: Tensor = readout(normed.to(readout.weight.dtype))
         return raw.unsqueeze(2)
 
     def reset_parameters(self) -> None:
@@ -223,4 +225,9 @@ def signal_source(config: NCNConfig) -> SignalSource | None:
     """The source that the configuration asks for; None for the static baseline."""
     if config.controller is None:
         return None
-    return {"ncn": Controller, "local": LocalGates, "static": StaticGates}[config.controller.kind](config)
+    kinds: dict[str, type[Controller] | type[LocalGates] | type[StaticGates]] = {
+        "ncn": Controller,
+        "local": LocalGates,
+        "static": StaticGates,
+    }
+    return kinds[config.controller.kind](config)

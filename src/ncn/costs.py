@@ -9,7 +9,7 @@ from torch import nn
 
 from ncn.cache import Cache
 from ncn.config import NCNConfig
-from ncn.model import ModulatedTransformer, parameter_groups
+from ncn.model import ModulatedTransformer
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,28 @@ def costs(config: NCNConfig) -> Costs:
         optimizer_bytes=8 * total,
         cache_bytes_per_token=_cache_bytes(model),
     )
+
+
+def parameter_groups(model: ModulatedTransformer) -> dict[str, int]:
+    """Parameters by part of the model; the parts add up to the whole."""
+    groups = dict.fromkeys(("embedding", "attention", "feed-forward", "norms", "output head", "controller"), 0)
+    for name, parameter in model.named_parameters():
+        part = (
+            "controller"
+            if name.startswith("controller.")
+            else "norms"
+            if "norm" in name
+            else "attention"
+            if ".attention." in name
+            else "feed-forward"
+            if ".ffn." in name
+            else "output head"
+            if name.startswith("head.")
+            else "embedding"
+        )
+        groups[part] += parameter.numel()
+    assert sum(groups.values()) == sum(parameter.numel() for parameter in model.parameters())
+    return groups
 
 
 def _flops(model: ModulatedTransformer) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary, a chunk of tokens at a time: the logits of a whole batch never exist at once."""
+"""Cross-entropy over a large vocabulary, a chunk of tokens at a time: a batch's logits never all exist at once."""
 
 from __future__ import annotations
 

@@ -22,8 +22,9 @@ from ncn.controller import SignalSource, signal_source
 from ncn.errors import UserError
 from ncn.loss import chunked_cross_entropy, token_losses
 from ncn.modulation import add_scaled, scale
+from ncn.segments import attention_mask_of, find_segments, positions_in_segment
 from ncn.signals import SignalLayout, homeostatic_loss
-from ncn.types import AttentionMask, Hidden, Logits, Segments, Signal, TokenIds
+from ncn.types import AttentionMask, Hidden, Logits, Signal, TokenIds
 
 Frozen = Mapping[str, Tensor]
 """Signals held at given values: name to a tensor that broadcasts to (batch, tokens, layers[, sites])."""
@@ -130,8 +131,8 @@ class ModulatedTransformer(nn.Module):
             low, high = torch.aminmax(input_ids)
             if low < 0 or high >= self.config.vocab_size:
                 raise UserError(
-                    f"token id {int(high if low >= 0 else low)} lies outside the vocabulary of {self.config.vocab_size}; "
-                    "does the tokenizer belong to this model?"
+                    f"token id {int(high if low >= 0 else low)} lies outside the vocabulary of "
+                    f"{self.config.vocab_size}; does the tokenizer belong to this model?"
                 )
         embeddings: Tensor = self.embedding(input_ids)
         return embeddings
@@ -160,9 +161,9 @@ class ModulatedTransformer(nn.Module):
                 f"{start + tokens} tokens do not fit into the model's context of {config.context_length}; "
                 "shorten the text or train with a larger context_length"
             )
-        segments = self._segments(embeddings, input_ids, attention_mask, cache)
-        positions = _positions(segments, cache, start, tokens, embeddings.device)
-        mask = _attention_mask(segments, cache, start, tokens, embeddings.device)
+        segments = find_segments(config, embeddings, input_ids, attention_mask, cache)
+        positions = positions_in_segment(segments, cache, start, tokens, embeddings.device)
+        mask = attention_mask_of(segments, cache, start, tokens, embeddings.device)
         x = embeddings
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
@@ -192,33 +193,6 @@ class ModulatedTransformer(nn.Module):
         return self.norm(x), {
             name: parts[0] if len(parts) == 1 else torch.cat(parts, 2) for name, parts in collected.items()
         }
-
-    def _segments(
-        self, embeddings: Hidden, input_ids: TokenIds | None, attention_mask: Tensor | None, cache: Cache | None
-    ) -> Segments | None:
-        """Which document each position belongs to, 0 at padding; None when all positions are of one."""
-        before = cache.last("segments", 1) if cache is not None else None
-        separate = not self.config.cross_documents
-        if before is None and not separate and (attention_mask is None or _all_true(attention_mask)):
-            return None
-        if cache is not None and cache.length and before is None:
-            before = _begin_segments(cache, embeddings.shape[0], embeddings.device)
-        shape = embeddings.shape[:2]
-        first = torch.zeros(shape[0], 1, dtype=torch.long, device=embeddings.device) if before is None else before
-        if separate:
-            if input_ids is None:
-                raise UserError("this model separates documents, and finds them by input_ids, which are missing")
-            # a separator begins a document; so does the first real token, whatever it is
-            begins = input_ids == self.config.separator_id
-            segments = first.clamp(min=1) + begins.cumsum(1)
-        else:
-            segments = first.clamp(min=1).expand(shape)
-        if attention_mask is not None:
-            _check_padding(attention_mask)
-            segments = segments * attention_mask
-        if cache is not None:
-            cache.write("segments", segments)
-        return segments
 
 
 class Layer(nn.Module):
@@ -345,25 +319,6 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, -1), sine)
 
 
-def _check_padding(mask: Tensor) -> None:
-    """Padding may stand before or behind a row's tokens; between them it would silently cut the text in two."""
-    if not torch.compiler.is_compiling() and (mask[:, 1:] & ~mask[:, :-1]).sum(1).gt(1 - mask[:, 0].long()).any():
-        raise UserError("attention_mask has padding between tokens of one row; move it to the row's left or right end")
-
-
-def _all_true(mask: Tensor) -> bool:
-    # Looking would end a compiled graph, and saves only time.
-    return not torch.compiler.is_compiling() and bool(mask.all())
-
-
-def _begin_segments(cache: Cache, batch: int, device: torch.device) -> Tensor:
-    """The first padding after a start without any: what the cache holds was one document, from position 0."""
-    segments = torch.ones(batch, cache.length, dtype=torch.long, device=device)
-    cache.begin("segments", segments)
-    cache.begin("positions", segments.cumsum(1) - 1)
-    return segments[:, -1:]
-
-
 def _freeze(name: str, signal: Tensor, frozen: Frozen, first: int) -> Tensor:
     if name not in frozen:
         return signal
@@ -371,60 +326,3 @@ def _freeze(name: str, signal: Tensor, frozen: Frozen, first: int) -> Tensor:
     if value.ndim > 2 and value.shape[2] != 1:  # given for all layers of the model: this tap's share
         value = value[:, :, first : first + layers]
     return value.expand(signal.shape)
-
-
-def _positions(segments: Tensor | None, cache: Cache | None, start: int, tokens: int, device: torch.device) -> Tensor:
-    """Index of each position within its segment, so that neither padding nor an earlier document counts."""
-    index = torch.arange(tokens, device=device)[None]
-    if segments is None:
-        return index + start
-    before = cache.last("segments", 1) if cache is not None else None
-    before = torch.full_like(segments[:, :1], -1) if before is None else before
-    begins = torch.cat([before, segments[:, :-1]], 1) != segments
-    latest = torch.where(begins, index, -1).cummax(1).values
-    held = cache.last("positions", 1) if cache is not None else None
-    continued = index if held is None else held + 1 + index
-    positions = torch.where(latest < 0, continued, index - latest)
-    if cache is not None:
-        cache.write("positions", positions)
-    return positions
-
-
-def _attention_mask(
-    segments: Tensor | None, cache: Cache | None, start: int, tokens: int, device: torch.device
-) -> AttentionMask | None:
-    """Which slots each position may read: those before it in its own segment. None where causality says it all."""
-    if segments is None and (start == 0 or tokens == 1):
-        return None
-    slots = torch.arange(start + tokens, device=device)
-    visible = (slots <= slots[start:, None])[None, None]
-    if segments is None:
-        return visible
-    held = segments
-    if cache is not None and start:
-        earlier = cache.last("segments", start)
-        assert earlier is not None
-        held = torch.cat([earlier, segments], 1)
-    return visible & (segments[:, None, :, None] == held[:, None, None, :])
-
-
-def parameter_groups(model: ModulatedTransformer) -> dict[str, int]:
-    """Parameters by part of the model; the parts add up to the whole."""
-    groups = dict.fromkeys(("embedding", "attention", "feed-forward", "norms", "output head", "controller"), 0)
-    for name, parameter in model.named_parameters():
-        part = (
-            "controller"
-            if name.startswith("controller.")
-            else "norms"
-            if "norm" in name
-            else "attention"
-            if ".attention." in name
-            else "feed-forward"
-            if ".ffn." in name
-            else "output head"
-            if name.startswith("head.")
-            else "embedding"
-        )
-        groups[part] += parameter.numel()
-    assert sum(groups.values()) == sum(parameter.numel() for parameter in model.parameters())
-    return groups

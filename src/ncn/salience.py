@@ -110,7 +110,7 @@ def _pool_chunk(scores: Tensor, values: Tensor, decay: Tensor, segments: Tensor 
 
 
 def _merge(before: SalienceState, inside: SalienceState, fading: Tensor) -> SalienceState:
-    """Join what came before (broadcast over the positions) with each position's own part; `fading` is ρ times the age."""
+    """Join what came before (the same for all positions) with each position's own part; `fading` is ρ times the age."""
     old = before.log_weight - fading
     if inside.segment is not None and before.segment is not None:
         old = old.masked_fill((inside.segment != before.segment)[..., None], -math.inf)

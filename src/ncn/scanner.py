@@ -30,7 +30,8 @@ def scan(model: ModulatedTransformer, tokenizer: Tokenizer, text: str, *, name: 
         raise UserError("the text is empty: there is nothing to scan")
     if len(ids) >= model.config.context_length:
         raise UserError(
-            f"the text has {len(ids)} tokens (and a separator) and the model's context is {model.config.context_length}; shorten it"
+            f"the text has {len(ids)} tokens (and a separator) and the model's context is "
+            f"{model.config.context_length}; shorten it"
         )
     device = model.embedding.weight.device
     sequence = torch.tensor([[tokenizer.separator_id, *ids]], device=device)

@@ -6,7 +6,8 @@ import torch
 from contracts import properties
 from contracts.variants import SEPARATOR, VOCABULARY, awake, text, variants
 from ncn.config import NCNConfig, presets
-from ncn.model import ModulatedTransformer, parameter_groups
+from ncn.costs import parameter_groups
+from ncn.model import ModulatedTransformer
 
 BORDERS = (0, 5, 14, 15, 16, 17, 31, 32)
 """Positions around the borders of documents and of the chunks of the salience pooling."""

@@ -68,10 +68,10 @@ def phasic_without_past(patch: Patch) -> None:
 
 
 def continued_positions_from_zero(patch: Patch) -> None:
-    original = ncn.model._positions
+    original = ncn.model.positions_in_segment
     patch.setattr(
         ncn.model,
-        "_positions",
+        "positions_in_segment",
         lambda segments, cache, start, tokens, device: original(segments, cache, 0, tokens, device),
     )
 
@@ -79,13 +79,13 @@ def continued_positions_from_zero(patch: Patch) -> None:
 def positions_that_count_padding(patch: Patch) -> None:
     patch.setattr(
         ncn.model,
-        "_positions",
+        "positions_in_segment",
         lambda segments, cache, start, tokens, device: torch.arange(start, start + tokens)[None],
     )
 
 
 def segments_ignored(patch: Patch) -> None:
-    patch.setattr(ModulatedTransformer, "_segments", lambda self, *arguments: None)
+    patch.setattr(ncn.model, "find_segments", lambda *arguments: None)
 
 
 def segments_ignored_by_the_pool(patch: Patch) -> None:
