@@ -95,7 +95,8 @@ def test_transformers_opens_a_saved_folder(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     TRAINED.save(tmp_path)
     opened = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert opened(TEXTS[1])["input_ids"] == TRAINED.encode(TEXTS[1])
+    assert opened(TEXTS[1])["input_ids"] == [TRAINED.separator_id, *TRAINED.encode(TEXTS[1])]
+    assert (opened.padding_side, opened.pad_token) == ("left", "<|endoftext|>")
     assert opened.eos_token_id == TRAINED.separator_id
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from ncn.errors import UserError
 from ncn.files import write_atomically
@@ -119,14 +119,21 @@ class Tokenizer:
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
+        # For other users of the file: a text begins with a separator, as every document does in training.
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{SEPARATOR} $A", pair=f"{SEPARATOR} $A $B", special_tokens=[(SEPARATOR, 0)]
+        )
         return cls(json.loads(backend.to_str()))
 
     def save(self, folder: Path) -> None:
-        """Write `tokenizer.json`, and the `tokenizer_config.json` that tells transformers which token ends a text."""
+        """Write `tokenizer.json`, and the `tokenizer_config.json` that tells transformers which token ends a text and
+        pads it."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.separator,
             "eos_token": self.separator,
+            "pad_token": self.separator,
+            "padding_side": "left",
             "clean_up_tokenization_spaces": False,
         }
         folder.mkdir(parents=True, exist_ok=True)
