@@ -30,13 +30,9 @@ from ncn.signals import homeostatic_loss
 from ncn.stopping import Interrupted
 from ncn.store import load
 from ncn.train import Training, begin, fit_to_data, train
-from tiny import STEPS, assert_nothing_half_written, assert_same_run, at_step, prepare_text, recipe, stories
+from tiny import STEPS, assert_nothing_half_written, assert_same_run, at_step, interrupt, prepare_text, recipe, stories
 
 NCN = [sys.executable, "-m", "ncn"]
-
-
-def interrupt(training: Training) -> None:
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def run(recipe: Recipe, data: Path, out: Path, **options: Any) -> dict[str, Any]:
@@ -395,7 +391,7 @@ def test_a_saturated_signal_is_mentioned_once(tmp_path: Path, data: Path, monkey
     said: list[str] = []
     at_step(monkeypatch, {0: saturate})
     run(recipe(log_every=1), data, tmp_path / "run", say=said.append)
-    assert said == ["warning at step 3: signal gain sits at a bound of its range for 100% of its values"]
+    assert said == ["warning at step 3: in one layer, signal gain sits at a bound of its range for 100% of its values"]
 
 
 def test_a_healthy_run_says_nothing(tmp_path: Path, data: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import lzma
+import os
+import signal
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -66,6 +68,11 @@ def at_step(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[Traini
         return original(training)
 
     monkeypatch.setattr(Training, "train_step", step)
+
+
+def interrupt(training: Training) -> None:
+    """Ctrl-C, while the next step is computed."""
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def without_times(line: dict[str, Any]) -> dict[str, Any]:

@@ -35,9 +35,6 @@ def main() -> None:
         app()
     except UserError as error:
         _fail(f"error: {error}", 1)
-    except BrokenPipeError:  # the reader of the output has gone, as in `ncn generate | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except OSError as error:  # a folder that cannot be written to, a full disk, ...
         _fail(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
 

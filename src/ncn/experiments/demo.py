@@ -34,14 +34,22 @@ class Demo:
         return float(self.arms["ncn"]["validation_bits_per_byte"] - self.arms["twin"]["validation_bits_per_byte"])
 
 
-def run_demo(out: Path, *, preset: str = "mini", overrides: tuple[str, ...] = (), progress: bool = True) -> Demo:
-    """Prepare the TinyStories sample, train both arms, and leave everything in `out`.
+def run_demo(
+    out: Path,
+    *,
+    preset: str = "mini",
+    overrides: tuple[str, ...] = (),
+    source: str = "tinystories-sample",
+    valid_source: str = "tinystories-sample-valid",
+    progress: bool = True,
+) -> Demo:
+    """Prepare the text, train both arms, and leave everything in `out`.
 
     Interrupted, it goes on where it was when it is called again.
     """
     recipe = Recipe.read(preset, overrides)
-    prepare(["tinystories-sample"], out / "data", vocab_size=recipe.model.vocab_size, progress=progress)
-    prepare(["tinystories-sample-valid"], out / "valid", tokenizer=str(out / "data"), progress=progress)
+    prepare([source], out / "data", vocab_size=recipe.model.vocab_size, progress=progress)
+    prepare([valid_source], out / "valid", tokenizer=str(out / "data"), progress=progress)
     recipe = fit_to_data(recipe, TokenDataset.open(out / "data"))
     arms = {"ncn": recipe, "twin": Recipe(model=widened_baseline(recipe.model), train=recipe.train)}
     results = {}
