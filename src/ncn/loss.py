@@ -22,8 +22,8 @@ def chunked_cross_entropy(
     """Sum over the positions that have a target of −log softmax(hidden · weightᵀ)[target], in nats.
 
     The gradients of a chunk are formed while its logits are at hand, so that nothing is computed twice and the peak is
-    one chunk's logits: `chunk` × vocabulary numbers. The products run in autocast's precision, the softmax in float32
-    or better.
+    one chunk's logits: `chunk` × vocabulary numbers, in autocast's precision where that is on. What is summed or
+    exponentiated is so in float32 or better.
     """
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)  # type: ignore[no-untyped-call]
     return loss
@@ -41,26 +41,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total = torch.zeros((), dtype=exact, device=hidden.device)
             hidden_grad = torch.empty_like(hidden) if need_hidden else None
             weight_grad = torch.zeros_like(weight) if need_weight else None
+            # One chunk's memory serves them all: asking the system for new pages costs as much as a product.
+            buffer = states.new_empty(min(chunk, len(states)), len(matrix))
+            weight_part = None if weight_grad is None or product == weight_grad.dtype else torch.empty_like(matrix)
             for start in range(0, len(states), chunk):
                 part = slice(start, start + chunk)
-                target = targets[part]
-                kept = target != IGNORED
+                state, target = states[part], targets[part]
+                kept = (target != IGNORED)[:, None]
                 label = target.clamp(min=0)[:, None]
-                logits = (states[part] @ matrix.T).to(exact)
-                log_total = torch.logsumexp(logits, -1, keepdim=True)
-                total += ((log_total - logits.gather(1, label)).squeeze(1) * kept).sum()
-                if hidden_grad is None and weight_grad is None:
-                    continue
-                gradient = logits.sub_(log_total).exp_()  # softmax, in the logits' own memory
-                gradient.scatter_add_(1, label, gradient.new_full((1, 1), -1.0).expand_as(label))
-                gradient = gradient.mul_(kept[:, None]).to(product)
+                logits = torch.mm(state, matrix.T, out=buffer[: len(state)])
+                wanted = logits.gather(1, label).to(exact)
+                highest, place = logits.max(-1, keepdim=True)
+                softmax = torch.softmax(logits, -1, out=logits)
+                log_total = highest.to(exact) - softmax.gather(1, place).to(exact).log()
+                total += ((log_total - wanted) * kept).sum()
+                # d loss / d logits = softmax − onehot(target), and nothing where there is no target
+                gradient = softmax.scatter_(1, label, softmax.gather(1, label) - 1)
                 if hidden_grad is not None:
-                    hidden_grad[part] = gradient @ matrix
-                if weight_grad is not None:
-                    if product == weight_grad.dtype:
-                        weight_grad.addmm_(gradient.T, states[part])
-                    else:
-                        weight_grad += gradient.T @ states[part]
+                    hidden_grad[part] = (gradient @ matrix) * kept
+                if weight_grad is not None and weight_part is None:
+                    weight_grad.addmm_(gradient.T, state * kept)
+                elif weight_grad is not None:
+                    weight_grad += torch.mm(gradient.T, state * kept, out=weight_part)
         ctx.save_for_backward(hidden_grad, weight_grad)
         return total
 
