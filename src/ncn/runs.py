@@ -215,13 +215,14 @@ def disk_problem_in_one_line(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        full = getattr(error, "errno", None) in _FULL or any(os.strerror(number) in reason for number in _FULL)
+        # safetensors says it in words only
+        full = next((text for number in _FULL if (text := os.strerror(number)) in reason), None)
         remedy = (
             "what was saved before is intact: free some space, then continue with --resume"
             if full
             else "choose a folder that can be written to"
         )
-        raise UserError(f"cannot write to {path}: {reason}; {remedy}") from None
+        raise UserError(f"cannot write to {path}: {full or reason}; {remedy}") from None
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
