@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ncn.config import Recipe
 from ncn.errors import UserError
-from ncn.files import PART_SUFFIX, write_atomically
+from ncn.files import PART_SUFFIX, readable_as_usual, write_atomically
 
 KEPT_CHECKPOINTS = 2
 """The newest, and one before it in case the newest turns out to be damaged."""
@@ -161,6 +161,7 @@ class RunFolder:
                     part,
                     metadata={"facts": json.dumps(dict(facts))},
                 )
+                readable_as_usual(part)
                 with part.open("rb") as file:
                     os.fsync(file.fileno())
                 os.replace(part, final)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ncn.config import NCNConfig
 from ncn.errors import UserError
-from ncn.files import PART_SUFFIX, write_atomically
+from ncn.files import PART_SUFFIX, readable_as_usual, write_atomically
 from ncn.model import ModulatedTransformer
 from ncn.tokenizer import Tokenizer
 
@@ -51,6 +51,7 @@ def save_model(
     try:
         # transformers refuses a file that does not name its framework
         save_file(tensors, part, metadata={"format": "pt"})
+        readable_as_usual(part)
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, folder / WEIGHTS)

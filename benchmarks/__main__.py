@@ -1,0 +1,90 @@
+"""Run every benchmark, and write `benchmarks/results.json` and the tables of `benchmarks/README.md`.
+
+python -m benchmarks [--steps N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import decode, memory, train_step
+from benchmarks.measure import environment
+
+HERE = Path(__file__).parent
+MARK = "<!-- measured: what follows is written by python -m benchmarks -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10, help="measured rounds of each benchmark")
+    rounds = parser.parse_args().steps
+    results: dict[str, Any] = {"environment": environment(), "train": [], "memory": {}, "decode": []}
+    for precision in ("bfloat16", "float32"):
+        for preset in ("mini", "published-18m"):
+            results["train"].append(_told(train_step.measure(preset, precision, rounds)))
+        results["decode"].append(_told(decode.measure(precision, max(rounds // 2, 3))))
+        results["memory"][precision] = _told(
+            {arm: memory.measure(arm, "published-18m", precision) for arm in ("ncn", "static twin", "gpt2")}
+        )
+    (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    page = HERE / "README.md"
+    page.write_text(page.read_text("utf-8").split(MARK)[0] + MARK + "\n\n" + tables(results), "utf-8")
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """The measured part of the README, as Markdown."""
+    facts = ", ".join(f"{name} {value}" for name, value in results["environment"].items())
+    lines = [
+        f"Measured on: {facts}.",
+        "",
+        "A ratio is the median over rounds, with the lowest and highest round in brackets.",
+        "",
+        "| training step | precision | tokens/s | controller overhead | against GPT-2 | share of the matrix rate |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{row['preset']}` | {row['precision']} | {row['tokens_per_second']['ncn']:,.0f} "
+        f"| {_overhead(row['controller_overhead'])} | {_speed(row.get('speed_against_gpt2'))} "
+        f"| {row['share_of_limit']:.0%} |"
+        for row in results["train"]
+    ]
+    lines += [
+        "",
+        "| decoding `published-18m` | tokens/s | controller overhead | against GPT-2 | share of the bandwidth |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['precision']} | {row['tokens_per_second']['ncn']:,.0f} | {_overhead(row['controller_overhead'])} "
+        f"| {_speed(row['speed_against_gpt2'])} | {row['share_of_limit']:.0%} |"
+        for row in results["decode"]
+    ]
+    lines += [
+        "",
+        "| peak memory of training `published-18m` | NCN | static twin | GPT-2 | NCN / GPT-2 |",
+        "|---|---|---|---|---|",
+    ]
+    for precision, row in results["memory"].items():
+        sizes = " | ".join(f"{row[arm] / 2**20:,.0f} MiB" for arm in ("ncn", "static twin", "gpt2"))
+        lines.append(f"| {precision} | {sizes} | {row['ncn'] / row['gpt2']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _overhead(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['median'] - 1:+.1%} ({ratio['low'] - 1:+.1%} to {ratio['high'] - 1:+.1%})"
+
+
+def _speed(ratio: Mapping[str, float] | None) -> str:
+    return "" if ratio is None else f"{ratio['median']:.2f}× ({ratio['low']:.2f} to {ratio['high']:.2f})"
+
+
+def _told(result: dict[str, Any]) -> dict[str, Any]:
+    print(json.dumps(result), flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What is compared: the model, its static twin, and transformers' GPT-2 of the same shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import DEVICE
+from ncn import ModulatedTransformer, NCNConfig
+from ncn.config import TrainConfig
+
+CLIP = 1.0
+
+
+def our_model(preset: str, arm: str) -> ModulatedTransformer:
+    """`arm` is "ncn" or "static twin"; signals are moved off neutral, so that no product is by one."""
+    torch.manual_seed(0)
+    config = NCNConfig.preset(preset)
+    model = ModulatedTransformer(config if arm == "ncn" else config.override(controller=None))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("controller."):
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return model.to(DEVICE)
+
+
+def gpt2(preset: str) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    ours = NCNConfig.preset(preset)
+    config = GPT2Config(
+        vocab_size=ours.vocab_size,
+        n_positions=ours.context_length,
+        n_embd=ours.d_model,
+        n_layer=ours.num_layers,
+        n_head=ours.num_heads,
+        n_inner=ours.ffn_width,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        attn_implementation="sdpa",
+    )
+    return GPT2LMHeadModel(config).to(DEVICE)
+
+
+def batch(preset: str, sequences: int) -> tuple[Tensor, Tensor]:
+    """Random inputs and the targets that follow them, filling the context."""
+    config = NCNConfig.preset(preset)
+    ids = torch.randint(config.vocab_size, (sequences, config.context_length + 1), device=DEVICE)
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def training_step(
+    arm: str, preset: str, data: tuple[Tensor, Tensor], precision: str, compiled: bool = False
+) -> Callable[[], None]:
+    """One optimiser step: forward, backward, clipping, fused AdamW."""
+    inputs, targets = data
+    model: nn.Module
+    if arm == "gpt2":
+        model = gpt2(preset)
+        prepared = torch.compile(model) if compiled else model
+
+        def loss() -> Tensor:
+            result: Tensor = prepared(input_ids=inputs, labels=inputs, use_cache=False).loss
+            return result
+
+    else:
+        model = our_model(preset, arm)
+        chunk = TrainConfig().loss_chunk
+        summed = torch.compile(model.loss) if compiled else model.loss
+
+        def loss() -> Tensor:
+            total: Tensor = summed(inputs, targets, chunk=chunk)[0]
+            return total / targets.numel()
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            value = loss()
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def training_flops(preset: str, sequences: int) -> float:
+    """Operations of the matrix products of a step: 6 for every weight and token, and causal attention."""
+    config = NCNConfig.preset(preset).override(controller=None)
+    with torch.device("meta"):
+        model = ModulatedTransformer(config)
+    looked_up = 0 if model.position_embedding is None else model.position_embedding.weight.numel()
+    weights = sum(parameter.numel() for parameter in model.parameters()) - looked_up
+    tokens = sequences * config.context_length
+    return 6 * weights * tokens + 6 * config.num_layers * config.d_model * config.context_length * tokens
