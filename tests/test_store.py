@@ -244,7 +244,9 @@ def test_a_folder_without_a_tokenizer_gives_the_model_alone(tmp_path: Path) -> N
 
 
 def test_a_saved_model_is_as_readable_as_any_other_file(tmp_path: Path) -> None:
-    save_model(ModulatedTransformer(NCNConfig.preset("mini", vocab_size=300, num_layers=1)), tmp_path / "saved", None)
+    store.save_model(
+        ModulatedTransformer(NCNConfig.preset("mini", vocab_size=300, num_layers=1)), tmp_path / "saved", None
+    )
     (tmp_path / "other").write_text("x")
     modes = {path.stat().st_mode for path in [*(tmp_path / "saved").iterdir(), tmp_path / "other"]}
     assert len(modes) == 1
