@@ -218,7 +218,7 @@ class HubSource(Source):
 
     def record(self) -> SourceRecord:
         try:
-            import datasets # noqa: F401 - its absence shows before any work is done
+            import datasets  # noqa: F401 - its absence shows before any work is done
             from huggingface_hub import HfApi
         except ImportError:
             raise UserError(f'{self.name} needs the datasets library: pip install "ncn[data]"') from None
