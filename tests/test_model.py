@@ -70,7 +70,7 @@ def test_precision_against_a_manual_attention() -> None:
     scores = torch.einsum("bthd,bshd->bhts", queries, keys) / math.sqrt(8) * beta.transpose(1, 2)[..., None]
     shares = scores.masked_fill(torch.ones(7, 7).triu(1) > 0, -math.inf).softmax(-1)
     read = torch.einsum("bhts,bshd->bthd", shares, values).flatten(2)
-    got = attention(x, beta, None, None, None, None)
+    got = attention(x, beta[..., None], None, None, None, None)
     torch.testing.assert_close(got, read @ attention.output.weight.T, rtol=1e-11, atol=1e-13)
 
 

@@ -113,8 +113,11 @@ class ControllerNetwork(nn.Module):
             self.output.bias.copy_(self.layout.initial_bias().repeat(self.served))
 
     def forward(self, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
+        device = "cpu" if hidden.is_meta else hidden.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._forward(hidden.to(self.read.weight.dtype), segments, cache)
         # Exponentials and long sums do not survive bfloat16, and the controller is too small to gain from it.
-        with torch.autocast("cpu" if hidden.is_meta else hidden.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return self._forward(hidden.to(self.read.weight.dtype), segments, cache)
 
     def _forward(self, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
@@ -126,7 +129,7 @@ class ControllerNetwork(nn.Module):
         scores, values, phasic = read.split([self.pools, self.width, self.width if self.has_phasic else 0], dim=-1)
         state = pool(
             scores / math.sqrt(hidden.shape[-1]),  # a of equation (1)
-            values.unflatten(-1, (self.pools, -1)),
+            values.reshape(*values.shape[:-1], self.pools, -1),
             self.log_decay.to(read.dtype).exp(),
             segments,
             self._past(cache),
@@ -159,19 +162,20 @@ class ControllerNetwork(nn.Module):
             cache.write(f"{self.name}.phasic", inputs)
         missing = before - (0 if history is None else history.shape[1])
         parts = [inputs] if history is None else [history, inputs]
-        padded = F.pad(torch.cat(parts, 1), (0, 0, missing, 0))
+        padded = F.pad(torch.cat(parts, 1), (0, 0, missing, 0)) if missing else torch.cat(parts, 1)
         tokens = inputs.shape[1]
         if segments is not None:
             old = cache.last("segments", before) if cache is not None else None
             known = segments if old is None else torch.cat([old, segments], 1)
             padded_segments = F.pad(known, (before + tokens - known.shape[1], 0), value=-1)
-        result = self.phasic_filter[0] * inputs
-        for age in range(1, self.kernel):
+        newest, *older = self.phasic_filter.unbind(0)
+        result = newest * inputs
+        for age, weights in enumerate(older, 1):
             shifted = padded[:, before - age : before - age + tokens]
             if segments is not None:
                 same = padded_segments[:, before - age : before - age + tokens] == segments
                 shifted = shifted * same[..., None]
-            result = torch.addcmul(result, self.phasic_filter[age], shifted)
+            result = torch.addcmul(result, weights, shifted)
         return result
 
 

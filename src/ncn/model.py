@@ -21,7 +21,7 @@ from ncn.config import NCNConfig
 from ncn.controller import SignalSource, signal_source
 from ncn.errors import UserError
 from ncn.loss import chunked_cross_entropy, token_losses
-from ncn.modulation import add_scaled, scale
+from ncn.modulation import UNMODULATED, Factors, add_scaled, layer_factors, scale
 from ncn.segments import attention_mask_of, find_segments, positions_in_segment
 from ncn.signals import SignalLayout, homeostatic_loss
 from ncn.types import AttentionMask, Hidden, Logits, Signal, TokenIds
@@ -127,14 +127,14 @@ class ModulatedTransformer(nn.Module):
 
     def embed(self, input_ids: TokenIds) -> Hidden:
         """Token embeddings; raises `UserError` for ids outside the vocabulary (on CPU, where looking costs nothing)."""
-        if not torch.compiler.is_compiling() and input_ids.device.type == "cpu" and input_ids.numel():
+        try:
+            embeddings: Tensor = self.embedding(input_ids)
+        except IndexError:  # raised on CPU; asking the ids beforehand would cost as much as the look-up
             low, high = torch.aminmax(input_ids)
-            if low < 0 or high >= self.config.vocab_size:
-                raise UserError(
-                    f"token id {int(high if low >= 0 else low)} lies outside the vocabulary of "
-                    f"{self.config.vocab_size}; does the tokenizer belong to this model?"
-                )
-        embeddings: Tensor = self.embedding(input_ids)
+            raise UserError(
+                f"token id {int(high if low >= 0 else low)} lies outside the vocabulary of "
+                f"{self.config.vocab_size}; does the tokenizer belong to this model?"
+            ) from None
         return embeddings
 
     def hidden_states(
@@ -170,7 +170,7 @@ class ModulatedTransformer(nn.Module):
         rotation = None if config.positions == "learned" else rotary_tables(positions, config, x.dtype)
 
         collected: dict[str, list[Tensor]] = {}
-        served: list[dict[str, Tensor]] = []
+        served: list[Factors] = []
         for index, layer in enumerate(self.layers):
             if self.controller is not None and index in self.controller.taps:
                 assert self.layout is not None
@@ -181,11 +181,8 @@ class ModulatedTransformer(nn.Module):
                     signals = {name: _freeze(name, signal, frozen, index) for name, signal in signals.items()}
                 for name, signal in signals.items():
                     collected.setdefault(name, []).append(signal)
-                parts = {name: signal.unbind(2) for name, signal in signals.items()}
-                count = next(iter(signals.values())).shape[2]
-                served = [{name: part[i] for name, part in parts.items()} for i in range(count)]
-                first = index
-            arguments = (x, served[index - first] if served else {}, rotation, mask, cache)
+                served, first = layer_factors(signals), index
+            arguments = (x, served[index - first] if served else UNMODULATED, rotation, mask, cache)
             recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
             x = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
         if cache is not None:
@@ -208,21 +205,14 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Hidden,
-        signals: Mapping[str, Tensor],
+        factors: Factors,
         rotation: tuple[Tensor, Tensor] | None,
         mask: AttentionMask | None,
         cache: Cache | None,
     ) -> Hidden:
-        gain, gate = signals.get("gain"), signals.get("ffn_gate")
-        attention_gain, ffn_gain = (gain, gain) if gain is None or gain.ndim == 2 else gain.unbind(-1)
-        head_gate = signals.get("head_gate")
-        if head_gate is not None and attention_gain is not None:
-            # the output projection is linear: g · W(η o) = W(g η o), one pass over memory less
-            head_gate, attention_gain = head_gate * attention_gain[..., None], None
-        attended = self.attention(self.attention_norm(x), signals.get("precision"), head_gate, rotation, mask, cache)
-        x = add_scaled(x, attended, attention_gain)
-        ffn_scale = gate if ffn_gain is None else ffn_gain if gate is None else ffn_gain * gate  # g · γ
-        return add_scaled(x, self.ffn(self.ffn_norm(x)), ffn_scale)
+        attended = self.attention(self.attention_norm(x), factors.query, factors.head, rotation, mask, cache)
+        x = add_scaled(x, attended, factors.attention)
+        return add_scaled(x, self.ffn(self.ffn_norm(x)), factors.ffn)
 
 
 class Attention(nn.Module):
@@ -240,8 +230,8 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Hidden,
-        precision: Tensor | None,
-        head_gate: Tensor | None,
+        query_factor: Tensor | None,
+        head_factor: Tensor | None,
         rotation: tuple[Tensor, Tensor] | None,
         mask: AttentionMask | None,
         cache: Cache | None,
@@ -253,8 +243,8 @@ class Attention(nn.Module):
             queries, keys = self.query_norm(queries), self.key_norm(keys)
         if rotation is not None:
             queries, keys = rotate(queries, rotation), rotate(keys, rotation)
-        if precision is not None:
-            queries = scale(queries, precision if precision.ndim == 3 else precision[..., None])
+        if query_factor is not None:
+            queries = scale(queries, query_factor)
         continued = False
         if cache is not None:
             continued = cache.length > 0
@@ -267,8 +257,8 @@ class Attention(nn.Module):
             is_causal=mask is None and not continued,
             enable_gqa=self.kv_heads != self.heads,
         ).transpose(1, 2)
-        if head_gate is not None:
-            attended = scale(attended, head_gate)
+        if head_factor is not None:
+            attended = scale(attended, head_factor)
         projected: Tensor = self.output(attended.flatten(2))
         return projected
 

@@ -1,60 +1,110 @@
-"""Products with a control signal: one factor for a whole row of numbers, with a backward pass made for that shape.
+"""What control signals do to a layer (equation 5): the factors that they come to, and the products with them.
 
-Differentiating `x * factor[..., None]` as written goes over memory more often than needed, and four such products a
-layer are most of what modulation costs.
+Differentiating `x * factor` as written goes over memory more often than needed, and such products are most of what
+modulation costs. Theirs is a backward pass made for one factor for a whole row of numbers.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ncn.types import Signal
 
-def scale(x: Float[Tensor, "*rows width"], factor: Float[Tensor, "*#rows"]) -> Float[Tensor, "*rows width"]:
+
+class Factors(NamedTuple):
+    """One layer's factors, each with a last axis of 1 for the row of numbers that it multiplies; None: no factor."""
+
+    query: Float[Tensor, "batch tokens sites 1"] | None
+    """β, on the queries of every head or of all."""
+    head: Float[Tensor, "batch tokens heads 1"] | None
+    """g · η, on the heads' outputs."""
+    attention: Float[Tensor, "batch tokens 1"] | None
+    """g, on the attention's output where the heads' outputs do not carry it."""
+    ffn: Float[Tensor, "batch tokens 1"] | None
+    """g · γ, on the feed-forward output."""
+
+
+UNMODULATED = Factors(None, None, None, None)
+
+
+def layer_factors(signals: Mapping[str, Signal]) -> list[Factors]:
+    """The factors of every layer that the signals serve, worked out for all layers at once."""
+    gain, precision = signals.get("gain"), signals.get("precision")
+    head, ffn = signals.get("head_gate"), signals.get("ffn_gate")
+    attention, ffn_gain = (gain, gain) if gain is None or gain.ndim == 3 else gain.unbind(-1)
+    if head is not None and attention is not None:
+        # the output projection is linear, g · W(η o) = W(g η o), which saves a pass over memory
+        head, attention = head * attention.unsqueeze(-1), None
+    if ffn_gain is not None:
+        ffn = ffn_gain if ffn is None else ffn_gain * ffn
+    if precision is not None and precision.ndim == 3:
+        precision = precision.unsqueeze(-1)
+    layers = next(iter(signals.values())).shape[2]
+    columns = (
+        [None] * layers if factor is None else factor.unsqueeze(-1).unbind(2)
+        for factor in (precision, head, attention, ffn)
+    )
+    return [Factors(*row) for row in zip(*columns, strict=True)]
+
+
+def scale(x: Float[Tensor, "*rows width"], factor: Float[Tensor, "*#rows 1"]) -> Float[Tensor, "*rows width"]:
     """x · factor, in the precision of `x`."""
+    if not torch.is_grad_enabled():
+        return _scaled(x, factor)
     result: Tensor = _Scale.apply(x, factor)  # type: ignore[no-untyped-call]
     return result
 
 
 def add_scaled(
-    x: Float[Tensor, "*rows width"], written: Float[Tensor, "*rows width"], factor: Float[Tensor, "*#rows"] | None
+    x: Float[Tensor, "*rows width"], written: Float[Tensor, "*rows width"], factor: Float[Tensor, "*#rows 1"] | None
 ) -> Float[Tensor, "*rows width"]:
     """x + factor · written in one pass, in the precision of `x`; a factor of None is 1."""
     if factor is None:
         return x + written
+    if not torch.is_grad_enabled():
+        return _plus_scaled(x, written, factor)
     result: Tensor = _AddScaled.apply(x, written, factor)  # type: ignore[no-untyped-call]
     return result
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    return x * factor.to(x.dtype)
+
+
+def _plus_scaled(x: Tensor, written: Tensor, factor: Tensor) -> Tensor:
+    return torch.addcmul(x, written.to(x.dtype), factor.to(x.dtype))
 
 
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
         ctx.save_for_backward(x, factor)
-        return x * factor.unsqueeze(-1).to(x.dtype)
+        return _scaled(x, factor)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
         (grad,) = grad_outputs
         x, factor = ctx.saved_tensors
-        return grad * factor.unsqueeze(-1).to(grad.dtype), _factor_grad(grad, x, factor)
+        return _scaled(grad, factor), _factor_grad(grad, x, factor)
 
 
 class _AddScaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, written: Tensor, factor: Tensor) -> Tensor:
         ctx.save_for_backward(written, factor)
-        return torch.addcmul(x, written.to(x.dtype), factor.unsqueeze(-1).to(x.dtype))
+        return _plus_scaled(x, written, factor)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (grad,) = grad_outputs
         written, factor = ctx.saved_tensors
-        written_grad = (grad * factor.unsqueeze(-1).to(grad.dtype)).to(written.dtype)
-        return grad, written_grad, _factor_grad(grad, written, factor)
+        return grad, _scaled(grad, factor).to(written.dtype), _factor_grad(grad, written, factor)
 
 
 def _factor_grad(grad: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    return (grad * x).sum(-1, dtype=factor.dtype).sum_to_size(factor.shape)
+    return (grad * x).sum(-1, keepdim=True, dtype=factor.dtype).sum_to_size(factor.shape)

@@ -14,7 +14,8 @@ from contracts.variants import SEPARATOR, VOCABULARY, awake, config, text, varia
 from ncn.cache import Cache
 from ncn.config import NCNConfig
 from ncn.controller import ControllerNetwork
-from ncn.model import Attention, Layer, ModulatedTransformer
+from ncn.model import Attention, ModulatedTransformer
+from ncn.modulation import UNMODULATED
 from ncn.salience import SalienceState, pool
 
 Patch = pytest.MonkeyPatch
@@ -120,30 +121,34 @@ def attention_hook(change: Callable[[Tensor | None, Tensor | None], tuple[Tensor
 precision_skipped = attention_hook(lambda precision, gate: (None, gate))
 head_gate_skipped = attention_hook(lambda precision, gate: (precision, None))
 one_head_skipped = attention_hook(
-    lambda precision, gate: (precision, torch.cat([torch.ones_like(gate[..., :1]), gate[..., 1:]], -1))
+    lambda precision, gate: (precision, torch.cat([torch.ones_like(gate[..., :1, :]), gate[..., 1:, :]], -2))
 )
 signals_detached = attention_hook(lambda precision, gate: (precision.detach(), gate.detach()))
 precision_on_queries_and_keys = attention_hook(lambda precision, gate: (precision.square(), gate))
 precision_upside_down = attention_hook(lambda precision, gate: (1 / precision, gate))
 
 
-def layer_hook(change: Callable[[int, dict[str, Tensor]], dict[str, Tensor]]) -> Mutant:
-    """A mutant that changes the signals of a layer, given its index, on their way there."""
+def signal_skipped(name: str) -> Mutant:
+    """A mutant whose layers never hear of a signal."""
 
     def mutate(patch: Patch) -> None:
-        original = Layer.forward
-
-        def changed(self, x, signals, *rest):
-            return original(self, x, change(self.attention.index, signals), *rest)
-
-        patch.setattr(Layer, "forward", changed)
+        original = ncn.model.layer_factors
+        patch.setattr(
+            ncn.model,
+            "layer_factors",
+            lambda signals: original({other: signal for other, signal in signals.items() if other != name}),
+        )
 
     return mutate
 
 
-gain_skipped = layer_hook(lambda index, signals: {name: s for name, s in signals.items() if name != "gain"})
-gate_skipped = layer_hook(lambda index, signals: {name: s for name, s in signals.items() if name != "ffn_gate"})
-last_layer_forgets_its_signals = layer_hook(lambda index, signals: {} if index == 2 else signals)
+gain_skipped = signal_skipped("gain")
+gate_skipped = signal_skipped("ffn_gate")
+
+
+def last_layer_forgets_its_signals(patch: Patch) -> None:
+    original = ncn.model.layer_factors
+    patch.setattr(ncn.model, "layer_factors", lambda signals: [*original(signals)[:-1], UNMODULATED])
 
 
 def slower_decay(patch: Patch) -> None:
