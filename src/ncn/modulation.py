@@ -103,7 +103,8 @@ class _AddScaled(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (grad,) = grad_outputs
         written, factor = ctx.saved_tensors
-        return grad, _scaled(grad, factor).to(written.dtype), _factor_grad(grad, written, factor)
+        written_grad = grad.to(written.dtype)  # once: products of two precisions convert at every step
+        return grad, _scaled(written_grad, factor), _factor_grad(written_grad, written, factor)
 
 
 def _factor_grad(grad: Tensor, x: Tensor, factor: Tensor) -> Tensor:
