@@ -13,6 +13,7 @@ from matplotlib.image import imread
 from numpy.typing import NDArray
 
 from ncn import plot
+from ncn.plot import style
 from ncn.brain_scan import Scan
 from ncn.errors import UserError
 from scans import make_scan
@@ -173,13 +174,13 @@ def test_the_published_curve_is_the_published_log() -> None:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were written to files, for a look at their parts."""
     figures: list[Figure] = []
-    real = plot.png
+    real = style.png
 
     def png(figure: Figure) -> bytes:
         figures.append(figure)
         return real(figure)
 
-    monkeypatch.setattr(plot, "png", png)
+    monkeypatch.setattr(style, "png", png)
     return figures
 
 

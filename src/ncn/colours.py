@@ -1,6 +1,6 @@
 """The colours of every brain scan: one diverging palette, centred at the neutral value of a signal.
 
-The picture (`plot.py`) and the page (`scan_page.py`) both take their colours from here, so that a colour means the same
+The picture (`plot/`) and the page (`scan_page.py`) both take their colours from here, so that a colour means the same
 thing in both, and in every scan of every model.
 """
 
