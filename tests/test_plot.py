@@ -13,9 +13,9 @@ from matplotlib.image import imread
 from numpy.typing import NDArray
 
 from ncn import plot
-from ncn.plot import style
 from ncn.brain_scan import Scan
 from ncn.errors import UserError
+from ncn.plot import style
 from scans import make_scan
 
 BLUE, ORANGE = (0x00, 0x39, 0x69), (0x5B, 0x25, 0x12)

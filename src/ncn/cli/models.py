@@ -1,60 +1,24 @@
-"""The `ncn` command: thin verbs over the modules. Nothing heavy is imported before a verb needs it."""
+"""Verbs for one model: prepare its text, train it, use it, look at it."""
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from ncn.config import ControllerConfig, NCNConfig, Recipe, TrainConfig, presets
-from ncn.errors import UserError
-
-if TYPE_CHECKING:
-    from ncn.data import TokenDataset
-    from ncn.tokenizer import Tokenizer
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="Language models that tune themselves, token by token: train them, use them, and see their control signals.",
+from ncn.cli.app import (
+    DEFAULT_MODEL,
+    app,
+    describe_settings,
+    fail,
+    format_size,
+    model_and_text,
+    open_dataset,
+    read_text,
 )
-
-DEFAULT_MODEL = "stories-mini"
-
-
-def main() -> None:
-    """Run the command; a mistake of the user's becomes one line on standard error and exit status 1."""
-    # Spinning OpenMP threads slow everything down many times over as soon as something else uses the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        app()
-    except UserError as error:
-        _fail(f"error: {error}", 1)
-    except OSError as error:  # a folder that cannot be written to, a full disk, ...
-        _fail(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    print(message, file=sys.stderr)
-    sys.exit(status)
-
-
-def _settings() -> str:
-    """Every field of a recipe with its default and meaning, for `ncn train --help`."""
-    sections = (("model", NCNConfig), ("model.controller", ControllerConfig), ("train", TrainConfig))
-    lines = ["Settings (key=value; the section may be left out where the name is unique):", ""]
-    for title, section in sections:
-        for name, field in section.model_fields.items():
-            if field.description:
-                default = "" if field.is_required() or field.default_factory else f" [{field.default}]"
-                prefix = title.removeprefix("model.") + "." if title != "train" else "train."
-                lines += [f"{prefix}{name}{default}: {field.description}", ""]
-    return "\n".join(lines)
+from ncn.config import Recipe, presets
+from ncn.errors import UserError
 
 
 @app.command()
@@ -96,7 +60,7 @@ def prepare(
     )
 
 
-@app.command(epilog=_settings())
+@app.command(epilog=describe_settings())
 def train(
     data: Annotated[Path, typer.Option(help="Dataset folder made by `ncn prepare`.")],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
@@ -125,7 +89,7 @@ def train(
     try:
         summary = run(recipe, data, out, valid=valid, resume=resume)
     except Interrupted as stop:
-        _fail(f"{stop}; to go on, give the same command with --resume", 130)
+        fail(f"{stop}; to go on, give the same command with --resume", 130)
     for key, value in summary.items():
         print(f"{key:26s} {value:,.4f}" if isinstance(value, float) else f"{key:26s} {value:,}")
 
@@ -144,7 +108,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
 ) -> None:
     """Continue a prompt, streaming. MODEL is a run folder, a saved folder, a bundled model or a hub name."""
-    model_name, prompt = _model_and_text(words, "PROMPT")
+    model_name, prompt = model_and_text(words, "PROMPT")
     from ncn.generate import generate as run
     from ncn.store import load
 
@@ -180,7 +144,7 @@ def evaluate(
 
     loaded, tokenizer = load(model)
     with tempfile.TemporaryDirectory() as scratch:
-        dataset = _dataset(data, tokenizer, Path(scratch))
+        dataset = open_dataset(data, tokenizer, Path(scratch))
         options: dict[str, Any] = {"context": context, "max_tokens": max_tokens}
         whole = run(loaded, dataset, **options)
         frozen = causal_value(loaded, dataset, **options) if loaded.config.controller else {}
@@ -215,9 +179,9 @@ def scan(
     if file:
         if words and len(words) > 1:
             raise UserError("give a text or --file, not both")
-        model_name, text = (words[0] if words else DEFAULT_MODEL), _read_text(file)
+        model_name, text = (words[0] if words else DEFAULT_MODEL), read_text(file)
     else:
-        model_name, text = _model_and_text(words or [], "TEXT")
+        model_name, text = model_and_text(words or [], "TEXT")
     from ncn.scanner import scan as run
     from ncn.store import load
 
@@ -256,69 +220,8 @@ def info(
     cache = found.cache_bytes_per_token * config.context_length
     print(f"\ncontroller    {found.controller_share:.2%} of the parameters")
     print(f"training      {3 * total_flops / 1e6:,.1f} MFLOPs a token (forward and backward, at a full context)")
-    print(f"weights       {_size(found.weight_bytes)} in float32, {_size(found.weight_bytes // 2)} in bfloat16")
-    print(f"optimiser     {_size(found.optimizer_bytes)} (AdamW)")
-    print(f"cache         {_size(cache)} a sequence at full context, float32")
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the data, both runs, the story and the scan.")] = Path("demo"),
-    settings: Annotated[list[str] | None, typer.Argument(help="Settings to change, such as tokens=500000.")] = None,
-) -> None:
-    """Train `mini` and its static twin on the bundled stories, compare them, tell a story, draw a brain scan."""
-    from ncn.experiments.demo import run_demo
-    from ncn.stopping import Interrupted
-
-    try:
-        result = run_demo(out, overrides=tuple(settings or []))
-    except Interrupted as stop:
-        _fail(f"{stop}; to go on, give the same command again", 130)
-    print(f"\n{'':28s}{'parameters':>12s}{'loss':>9s}{'perplexity':>12s}{'bits/byte':>11s}{'seconds':>9s}")
-    for name, label in (("ncn", "with controller"), ("twin", "static twin")):
-        arm = result.arms[name]
-        print(
-            f"{label:28s}{arm['parameters']:>12,}{arm['validation_loss']:>9.4f}{arm['validation_perplexity']:>12.3f}"
-            f"{arm['validation_bits_per_byte']:>11.4f}{arm['seconds']:>9.0f}"
-        )
-    print(f"{'difference':49s}{'':12s}{result.difference:>+11.4f}   (one seed: no evidence by itself)")
-    print(f"\n{result.story}\n")
-    for path in result.files:
-        print(path)
-
-
-def _model_and_text(words: list[str], what: str) -> tuple[str, str]:
-    if not 1 <= len(words) <= 2:
-        raise UserError(f"give [MODEL] {what}: at most a model and one text; put quotes around the text")
-    return (words[0], words[1]) if len(words) == 2 else (DEFAULT_MODEL, words[0])
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except FileNotFoundError:
-        raise UserError(f"no file {path}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: byte {error.start} does not fit") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _dataset(data: str, tokenizer: Tokenizer, scratch: Path) -> TokenDataset:
-    """A prepared folder as it is; anything else is prepared on the fly with the model's tokenizer."""
-    from ncn.data import TokenDataset
-    from ncn.prepare import prepare as run
-
-    if Path(data).is_dir():
-        return TokenDataset.open(data)
-    tokenizer.save(scratch)
-    run([data], scratch / "data", tokenizer=str(scratch))
-    return TokenDataset.open(scratch / "data")
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
-        count /= 1024  # type: ignore[assignment]
-    return f"{count:.1f} TiB"
+    print(
+        f"weights       {format_size(found.weight_bytes)} in float32, {format_size(found.weight_bytes // 2)} in bfloat16"
+    )
+    print(f"optimiser     {format_size(found.optimizer_bytes)} (AdamW)")
+    print(f"cache         {format_size(cache)} a sequence at full context, float32")

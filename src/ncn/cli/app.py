@@ -1,0 +1,94 @@
+"""The command's frame: how it ends when something is wrong, and what several verbs share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+
+from ncn.config import ControllerConfig, NCNConfig, TrainConfig
+from ncn.errors import UserError
+
+if TYPE_CHECKING:
+    from ncn.data import TokenDataset
+    from ncn.tokenizer import Tokenizer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Language models that tune themselves, token by token: train them, use them, and see their control signals.",
+)
+
+DEFAULT_MODEL = "stories-mini"
+
+
+def main() -> None:
+    """Run the command; a mistake of the user's becomes one line on standard error and exit status 1."""
+    # Spinning OpenMP threads slow everything down many times over as soon as something else uses the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except UserError as error:
+        fail(f"error: {error}", 1)
+    except OSError as error:  # a folder that cannot be written to, a full disk, ...
+        fail(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+
+
+def fail(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def describe_settings() -> str:
+    """Every field of a recipe with its default and meaning, for `ncn train --help`."""
+    sections = (("model", NCNConfig), ("model.controller", ControllerConfig), ("train", TrainConfig))
+    lines = ["Settings (key=value; the section may be left out where the name is unique):", ""]
+    for title, section in sections:
+        for name, field in section.model_fields.items():
+            if field.description:
+                default = "" if field.is_required() or field.default_factory else f" [{field.default}]"
+                prefix = title.removeprefix("model.") + "." if title != "train" else "train."
+                lines += [f"{prefix}{name}{default}: {field.description}", ""]
+    return "\n".join(lines)
+
+
+def model_and_text(words: list[str], what: str) -> tuple[str, str]:
+    if not 1 <= len(words) <= 2:
+        raise UserError(f"give [MODEL] {what}: at most a model and one text; put quotes around the text")
+    return (words[0], words[1]) if len(words) == 2 else (DEFAULT_MODEL, words[0])
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no file {path}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: byte {error.start} does not fit") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def open_dataset(data: str, tokenizer: Tokenizer, scratch: Path) -> TokenDataset:
+    """A prepared folder as it is; anything else is prepared on the fly with the model's tokenizer."""
+    from ncn.data import TokenDataset
+    from ncn.prepare import prepare as run
+
+    if Path(data).is_dir():
+        return TokenDataset.open(data)
+    tokenizer.save(scratch)
+    run([data], scratch / "data", tokenizer=str(scratch))
+    return TokenDataset.open(scratch / "data")
+
+
+def format_size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:.1f} TiB"
