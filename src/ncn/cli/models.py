@@ -220,8 +220,7 @@ def info(
     cache = found.cache_bytes_per_token * config.context_length
     print(f"\ncontroller    {found.controller_share:.2%} of the parameters")
     print(f"training      {3 * total_flops / 1e6:,.1f} MFLOPs a token (forward and backward, at a full context)")
-    print(
-        f"weights       {format_size(found.weight_bytes)} in float32, {format_size(found.weight_bytes // 2)} in bfloat16"
-    )
+    weights = found.weight_bytes
+    print(f"weights       {format_size(weights)} in float32, {format_size(weights // 2)} in bfloat16")
     print(f"optimiser     {format_size(found.optimizer_bytes)} (AdamW)")
     print(f"cache         {format_size(cache)} a sequence at full context, float32")
