@@ -180,6 +180,7 @@ class TrainConfig(_Config):
     )
     compile: bool = Field(False, description="compile the model with torch.compile")
     seed: int = Field(1, ge=0, description="seed of the initial weights and of the order of the batches")
+    init_seed: int | None = Field(None, ge=0, description="seed of the initial weights alone; default: seed")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     loss_chunk: int = Field(512, ge=1, description="tokens whose logits exist at once in the loss")
     log_every: int = Field(10, ge=1, description="steps between lines of metrics.jsonl")
@@ -220,9 +221,11 @@ class Recipe(_Config):
                 values = _merge(cls.preset(values.pop("preset")).model_dump(), values)
         else:
             values = cls.preset(str(source)).model_dump()
-        for text in overrides:
-            values = _merge(values, _override_mapping(text))
-        return cls.parse(values)
+        return cls.parse(_merge_settings(values, overrides))
+
+    def with_settings(self, settings: Iterable[str]) -> Recipe:
+        """A copy with dotted overrides, as in `read`."""
+        return self.parse(_merge_settings(self.model_dump(), settings))
 
 
 def presets() -> list[str]:
@@ -245,6 +248,12 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid {path.suffix[1:]}: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping with the keys 'model' and 'train'")
+    return values
+
+
+def _merge_settings(values: dict[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    for text in settings:
+        values = _merge(values, _override_mapping(text))
     return values
 
 

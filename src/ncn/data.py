@@ -29,6 +29,7 @@ MANIFEST = "manifest.json"
 JOURNAL = "progress.json"
 
 _HASH_BLOCK = 1 << 20
+_READ_BLOCK = 1 << 24
 
 
 class Record(BaseModel):
@@ -191,6 +192,23 @@ class TokenDataset:
                 )
         if whole.hexdigest() != self.manifest.hash:
             raise UserError(f"{self.folder / MANIFEST} is damaged: its hash is not that of its shards; prepare it anew")
+
+    def read(self, start: int, count: int) -> npt.NDArray[np.int64]:
+        """`count` tokens of the stream from position `start` on."""
+        assert 0 <= start <= start + count <= self.tokens
+        tokens = np.empty(count, dtype=np.int64)
+        if count:
+            self._read(start, tokens)
+        return tokens
+
+    def document_starts(self) -> npt.NDArray[np.int64]:
+        """Where in the stream the documents begin, each with its separator; shape (documents,)."""
+        found = [
+            first + start + np.flatnonzero(shard[start : start + _READ_BLOCK] == self.separator_id)
+            for first, shard in zip(self._starts, self._shards, strict=False)
+            for start in range(0, len(shard), _READ_BLOCK)
+        ]
+        return np.concatenate(found).astype(np.int64)
 
     def epoch_windows(self, context: int) -> int:
         """Windows in an epoch: the stream's tokens over the context, rounded up."""

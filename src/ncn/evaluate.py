@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from ncn.data import Batch, TokenDataset
 from ncn.errors import UserError
+from ncn.files import write_atomically
 from ncn.loss import IGNORED
 from ncn.model import Frozen, ModulatedTransformer
 from ncn.signals import SIGNALS
@@ -36,6 +42,81 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def validation_facts(self) -> dict[str, float]:
+        """What a training run logs of it."""
+        return _validation_facts(self)
+
+
+@dataclass(frozen=True)
+class DocumentLosses:
+    """Loss of each document of a text, all of shape (documents,): summed `nats`, the `tokens` that they are summed
+    over, and the UTF-8 `bytes` of its text. A document's last token is the separator that ends it."""
+
+    nats: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.int64]
+    bytes: npt.NDArray[np.int64]
+
+    @property
+    def loss(self) -> float:
+        """Nats a token over all documents."""
+        return float(self.nats.sum() / self.tokens.sum())
+
+    @property
+    def perplexity(self) -> float:
+        return _perplexity(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Over all documents."""
+        return float(self.nats.sum() / math.log(2) / self.bytes.sum())
+
+    def validation_facts(self) -> dict[str, float]:
+        """What a training run logs of it."""
+        return _validation_facts(self)
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, save(vars(self)))
+
+    @classmethod
+    def load(cls, path: Path) -> DocumentLosses:
+        """Raises `UserError` where there is no such file."""
+        if not path.is_file():
+            raise UserError(f"{path} is missing: the run was not validated, or has not finished")
+        return cls(**load_file(path))
+
+
+@torch.inference_mode()
+def document_losses(
+    model: ModulatedTransformer,
+    dataset: TokenDataset,
+    *,
+    context: int | None = None,
+    batch_size: int = 16,
+    autocast: torch.dtype | None = None,
+) -> DocumentLosses:
+    """The loss of each document, in the windows of `evaluate`, to whose result the documents add up.
+
+    The bytes are those of the decoded tokens. Where a tokenizer does not give back the very text, they are scaled so
+    that they still add up to the dataset's.
+    """
+    check_vocabulary(model, dataset)
+    found = []
+    with _evaluating(model, autocast) as device:
+        for inputs, targets in dataset.windows(context or model.config.context_length, batch_size):
+            losses = model.token_losses(inputs.to(device), targets.to(device)).cpu()
+            found.append(losses[targets != IGNORED].double().numpy())
+    losses_in_order, starts = np.concatenate(found), dataset.document_starts()  # of the tokens after the first
+    decode = dataset.tokenizer().decode
+    bounds = [*starts.tolist(), dataset.tokens]
+    sizes = [len(decode(dataset.read(a + 1, b - a - 1).tolist()).encode()) for a, b in itertools.pairwise(bounds)]
+    ends = np.cumsum(sizes)
+    exact = ends if ends[-1] == dataset.text_bytes else np.rint(ends * (dataset.text_bytes / ends[-1]))
+    return DocumentLosses(
+        nats=np.add.reduceat(losses_in_order, starts),
+        tokens=np.diff(np.append(starts, dataset.tokens - 1)),
+        bytes=np.diff(exact, prepend=0).astype(np.int64),
+    )
 
 
 @torch.inference_mode()
@@ -68,7 +149,7 @@ def evaluate(
     text_bytes = dataset.text_bytes * tokens / (dataset.tokens - 1)
     return Evaluation(
         loss=total / tokens,
-        perplexity=math.exp(min(total / tokens, 700)),  # beyond, a float overflows
+        perplexity=_perplexity(total / tokens),
         bits_per_byte=total / math.log(2) / text_bytes,
         tokens=tokens,
         by_position=_by_position(sums, counts),
@@ -136,6 +217,14 @@ def causal_value(
         for label, names in chosen.items()
         if names
     }
+
+
+def _validation_facts(result: Evaluation | DocumentLosses) -> dict[str, float]:
+    return {f"validation_{name}": getattr(result, name) for name in ("loss", "perplexity", "bits_per_byte")}
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700))  # beyond, a float overflows
 
 
 def check_vocabulary(model: ModulatedTransformer, dataset: TokenDataset) -> None:

@@ -7,9 +7,11 @@ Without a controller the same code is the static baseline.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -45,36 +47,42 @@ class ModulatedTransformer(nn.Module):
     def __init__(self, config: NCNConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.position_embedding = (
-            nn.Embedding(config.context_length, config.d_model) if config.positions == "learned" else None
-        )
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        with torch.random.fork_rng(devices=()):  # torch's constructors draw numbers that are thrown away
+            self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+            self.position_embedding = (
+                nn.Embedding(config.context_length, config.d_model) if config.positions == "learned" else None
+            )
+            self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+            self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+            self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.controller: SignalSource | None = signal_source(config)
         self.checkpointing = False
         """Whether the backward pass recomputes each layer instead of keeping what it computed: slower, far smaller."""
-        self.controller: SignalSource | None = None
-        self.reset_parameters()  # before the controller's modules draw numbers, which would shift the backbone's
-        self.controller = signal_source(config)
         self.layout = SignalLayout.of(config) if config.controller else None
-        if self.controller is not None:
-            self.controller.reset_parameters()
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """All initialisation, in one place. The backbone comes first, so that models which differ only in their
-        controller start from the same weights under the same seed; the controller's neutral start comes last."""
+        """All initialisation, in one place.
+
+        Under one seed, models that differ in their controller or in the width of their feed-forward blocks start from
+        the same weights where they share them: one number is drawn from torch's generator, each matrix of the backbone
+        has a generator of its own, seeded with that number and the matrix's name, and what the narrower block holds
+        comes first in it. The controller draws from torch's generator; its neutral start comes last.
+        """
         std, config = self.config.init_std, self.config
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         for name, parameter in self.named_parameters():
             if name.startswith("controller."):
                 continue
             if parameter.ndim < 2:
                 nn.init.ones_(parameter)  # the weights of the norms: the backbone has no biases
-            else:
+            elif not parameter.is_meta:
                 # what writes into the residual stream is scaled down by the number of writers, as in GPT-2
                 writes = name.endswith(("attention.output.weight", "ffn.down.weight"))
-                nn.init.normal_(parameter, std=std / (2 * config.num_layers) ** 0.5 if writes else std)
+                gated = config.activation == "swiglu" and name.endswith("ffn.up.weight")
+                drawn = _normal_matrix(seed, name, parameter.shape, gated)
+                parameter.copy_(drawn * (std / (2 * config.num_layers) ** 0.5 if writes else std))
         if self.controller is not None:
             self.controller.reset_parameters()
 
@@ -316,3 +324,15 @@ def _freeze(name: str, signal: Tensor, frozen: Frozen, first: int) -> Tensor:
     if value.ndim > 2 and value.shape[2] != 1:  # given for all layers of the model: this tap's share
         value = value[:, :, first : first + layers]
     return value.expand(signal.shape)
+
+
+def _normal_matrix(seed: int, name: str, shape: torch.Size, gated: bool) -> Tensor:
+    """Standard normal numbers for the matrix `name`, on CPU; those of a unit of a feed-forward block do not depend on
+    how many units there are. `gated`: the rows are all units' gates, then all units' values."""
+    own = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
+    generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, own])))
+    rows, columns = shape
+    if name.endswith("ffn.down.weight"):
+        return torch.from_numpy(generator.standard_normal((columns, rows), np.float32)).T
+    drawn = torch.from_numpy(generator.standard_normal((rows, columns), np.float32))
+    return drawn.view(-1, 2, columns).transpose(0, 1).flatten(0, 1) if gated else drawn

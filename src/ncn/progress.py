@@ -128,3 +128,46 @@ class TrainingProgress:
             self.noted = now
             left = (now - self.begun) / (step - self.first) * (self.total - step)
             print(f"step {step}/{self.total}  {self.facts}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+class TokensProgress:
+    """Tokens trained over many runs, of a known total, with the rate and the time left, on standard error.
+
+    A bar on a terminal; elsewhere a plain line now and then.
+    """
+
+    def __init__(self, total: int, done: int, enabled: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.total, self.first, self.enabled = total, done, enabled
+        self.begun = self.noted = time.monotonic()
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[facts]}"))
+        self.bar = Progress(*columns, console=console) if enabled and console.is_terminal else None
+
+    def __enter__(self) -> "TokensProgress":
+        if self.bar:
+            self.task = self.bar.add_task("runs", total=self.total, completed=self.first, facts="")
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def update(self, done: int, finished: int, runs: int) -> None:
+        """Report `done` tokens in all and `finished` of so many `runs`."""
+        if not self.enabled:
+            return
+        now = time.monotonic()
+        speed = (done - self.first) / max(now - self.begun, 1e-9)
+        left = f"{(self.total - done) / speed / 60:.1f} min left" if speed else ""
+        facts = f"{finished}/{runs}  {done / 1e6:.2f} of {self.total / 1e6:.2f} M tokens  {speed:,.0f} tokens/s  {left}"
+        if self.bar:
+            self.bar.update(self.task, completed=done, facts=facts)
+        elif now - self.noted >= _LINE_SECONDS:
+            self.noted = now
+            print(f"runs {facts}", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ env.json           versions, device, commit, and the fingerprint of the data
 metrics.jsonl      one line per logged step; the last line of an interrupted write is never half there
 checkpoints/       step-00000500.safetensors, ...: weights and optimiser state, the last two
 summary.json       the end result
+documents          documents.safetensors: nats, tokens and UTF-8 bytes of every validation document
 model/             the trained model as a saved folder: config.json, model.safetensors, tokenizer.json
 loss.png           the loss curve
 =================  ====================================================================================
@@ -86,9 +87,9 @@ class RunFolder:
         `data` holds the fingerprints of the training and validation data, as env.json does. What may differ is what
         does not change the result.
         """
-        before, after = _flat(self.recipe().model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+        before, after = flat(self.recipe().model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
         for name in sorted(before.keys() | after.keys()):
-            if name not in _FREE and before.get(name) != after.get(name):
+            if name not in FREE_SETTINGS and before.get(name) != after.get(name):
                 raise UserError(
                     f"the recipe has changed since the run began: {name} was {before.get(name)!r} and is now "
                     f"{after.get(name)!r}; resume with the old one, or start a new run"
@@ -228,15 +229,16 @@ def disk_problem_in_one_line(path: Path) -> Iterator[None]:
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-# Settings that may differ between a run and its continuation, because they do not change the result.
-_FREE = ("train.device", "train.trackers", "train.checkpoint_every")
+FREE_SETTINGS = ("train.device", "train.trackers", "train.checkpoint_every")
+"""Settings that may differ between a run and its continuation, because they do not change the result."""
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

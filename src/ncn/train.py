@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ncn.config import Recipe, TrainConfig
-from ncn.data import TokenDataset
+from ncn.data import Batch, TokenDataset
 from ncn.errors import UserError
-from ncn.evaluate import evaluate
+from ncn.evaluate import document_losses, evaluate
 from ncn.loss import IGNORED
 from ncn.model import ModulatedTransformer
 from ncn.optimizers import build_optimizers, learning_rate_factor, load_optimizer_state, optimizer_state
@@ -37,6 +38,10 @@ class Accumulated:
     steps: int = 0
 
 
+class Diverged(UserError):
+    """The loss, its gradient or a weight is no longer a number."""
+
+
 @dataclass
 class Training:
     """A run in progress: model, data, optimisers, and how far it is. `train` makes one and runs it."""
@@ -51,6 +56,8 @@ class Training:
     step: int = 0
     sums: Accumulated = field(default_factory=Accumulated)
     warned: bool = False
+    batches_sha256: str = ""
+    """Hash chain of the batches so far: equal for runs that were trained on the same tokens in the same order."""
 
     def __post_init__(self) -> None:
         self.config: TrainConfig = self.recipe.train
@@ -92,15 +99,16 @@ class Training:
                 group["lr"] = group["peak"] * factor
             optimizer.step()
         self.step += 1
+        self.batches_sha256 = _chained(self.batches_sha256, batch)
         self.sums.loss += loss_sum
         self.sums.homeostatic += homeostatic_sum
         self.sums.grad_norm += norm
         self.sums.steps += 1
         return signals
 
-    def not_a_number(self, what: str) -> UserError:
+    def not_a_number(self, what: str) -> Diverged:
         kept = f"the last good checkpoint stays in {self.run.path / 'checkpoints'}; " if self.run.checkpoints() else ""
-        return UserError(
+        return Diverged(
             f"the {what} is no longer a number at step {self.step}: {kept}"
             "start a new run with a lower learning rate or a longer warmup"
         )
@@ -146,16 +154,23 @@ class Training:
     def bits_per_byte(self, loss: float) -> float:
         return loss / math.log(2) * self.dataset.tokens / self.dataset.text_bytes
 
-    def validate(self, max_tokens: int | None) -> dict[str, float]:
-        """Validation loss; empty without validation data."""
+    def validate(self) -> dict[str, float]:
+        """Validation loss on the first `eval_tokens`; empty without validation data."""
         if self.valid is None:
             return {}
-        result = evaluate(self.model, self.valid, context=self.context, max_tokens=max_tokens, autocast=self.autocast)
-        return {
-            "validation_loss": result.loss,
-            "validation_perplexity": result.perplexity,
-            "validation_bits_per_byte": result.bits_per_byte,
-        }
+        limit = self.config.eval_tokens
+        return evaluate(
+            self.model, self.valid, context=self.context, max_tokens=limit, autocast=self.autocast
+        ).validation_facts()
+
+    def validate_documents(self) -> dict[str, float]:
+        """Validation loss on everything, which is left document by document in documents.safetensors."""
+        if self.valid is None:
+            return {}
+        losses = document_losses(self.model, self.valid, context=self.context, autocast=self.autocast)
+        with disk_problem_in_one_line(self.run.path):
+            losses.save(self.run.path / "documents.safetensors")
+        return losses.validation_facts()
 
     def save(self, seconds: float) -> Path:
         """Write a checkpoint of everything that the next step depends on."""
@@ -170,6 +185,7 @@ class Training:
             "data": self.dataset.fingerprint,
             "autocast": str(self.autocast),
             "warned": self.warned,
+            "batches_sha256": self.batches_sha256,
         }
         return self.run.save_checkpoint(self.step, tensors, facts)
 
@@ -197,6 +213,7 @@ class Training:
             ) from None
         load_optimizer_state(self.model, self.optimizers, checkpoint.tensors)
         self.step, self.sums, self.warned = facts["step"], Accumulated(**facts["sums"]), facts["warned"]
+        self.batches_sha256 = facts["batches_sha256"]
         self.run.truncate_metrics(self.step)
         return float(facts["seconds"])
 
@@ -246,9 +263,9 @@ def begin(recipe: Recipe, data: str | Path, out: str | Path, *, valid: str | Pat
             f"the data has {dataset.tokens} tokens, less than one window of {context}; "
             "prepare more text, or lower context"
         )
-    device = _device(recipe.train.device)
+    device = find_device(recipe.train.device)
     autocast = arithmetic(recipe.train.precision, device)
-    torch.manual_seed(recipe.train.seed)
+    torch.manual_seed(recipe.train.seed if recipe.train.init_seed is None else recipe.train.init_seed)
     model = ModulatedTransformer(recipe.model).to(device)
     if valid_set:
         check_same_tokenizer(dataset, valid_set)
@@ -304,7 +321,7 @@ def _loop(
                 speed = (training.step - logged_step) * training.tokens_per_step / (now - logged_at)
                 line = training.line(signals, speed, now - begun)
                 if validates:
-                    line |= training.validate(config.eval_tokens)
+                    line |= training.validate()
                 training.warn_once(line, say)
                 run.append_metrics(line)
                 tracker.log(line)
@@ -325,7 +342,7 @@ def _finish(training: Training, begun: float, tracker: Tracker) -> dict[str, Any
     from ncn.plot import loss_curve, published_curve
 
     run = training.run
-    best = training.validate(None)
+    best = training.validate_documents()
     line = run.amend_metrics(best)
     tracker.log({"step": training.step, **best})
     seconds = time.monotonic() - begun
@@ -341,10 +358,19 @@ def _finish(training: Training, begun: float, tracker: Tracker) -> dict[str, Any
         **best,
         "seconds": seconds,
         "tokens_per_second": line["tokens"] / seconds,
+        "batches_sha256": training.batches_sha256,
     }
     with disk_problem_in_one_line(run.path):
         write_json(run.path / "summary.json", summary)
     return summary
+
+
+def _chained(before: str, batch: Batch) -> str:
+    """The next link of the hash chain: SHA-256 of the one before, the inputs and the targets."""
+    link = hashlib.sha256(before.encode())
+    for tensor in batch:
+        link.update(tensor.numpy().tobytes())
+    return link.hexdigest()
 
 
 def arithmetic(precision: str, device: torch.device) -> torch.dtype | None:
@@ -362,7 +388,7 @@ def arithmetic(precision: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if fast else None
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -91,7 +91,8 @@ def train(
     except Interrupted as stop:
         fail(f"{stop}; to go on, give the same command with --resume", 130)
     for key, value in summary.items():
-        print(f"{key:26s} {value:,.4f}" if isinstance(value, float) else f"{key:26s} {value:,}")
+        text = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        print(f"{key:26s} {text}")
 
 
 @app.command()

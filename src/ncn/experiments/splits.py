@@ -1,0 +1,130 @@
+"""The three texts of a comparison: to train on, to tune learning rates on, and to report the result on.
+
+The tuning split is taken off the end of the training text, in whole documents; the validation text chooses nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ncn.data import MANIFEST, Manifest, Request, ShardRecord, SourceRecord, TokenDataset, token_dtype
+from ncn.errors import UserError
+from ncn.files import write_atomically
+from ncn.prepare import SHARD_TOKENS, prepare
+from ncn.train import check_same_tokenizer
+
+TUNING_SHARE = 0.05
+TUNING_TOKENS = 2_048, 65_536
+"""Bounds of the tuning split, in tokens."""
+
+_GPT2_VOCABULARY = 50257
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Dataset folders, opened."""
+
+    train: TokenDataset
+    tuning: TokenDataset
+    validation: TokenDataset
+
+
+def make_splits(folder: Path, data: str, valid: str, vocab_size: int, *, progress: bool = True) -> Splits:
+    """Prepare `data` and `valid` in `folder`, and hold the tuning split out; done once, and checked from then on.
+
+    Args:
+        data, valid: a dataset folder, or a source that `ncn.prepare` reads. A source is prepared with a tokenizer of
+            `vocab_size` tokens: GPT-2's where that is its size, else one that is trained on `data`.
+
+    Raises:
+        UserError: unusable data, too little of it, other data than `folder` was made from, or two tokenizers.
+    """
+    if Path(data).is_dir():
+        whole = TokenDataset.open(data)
+    else:
+        gpt2 = vocab_size == _GPT2_VOCABULARY
+        chosen: dict[str, Any] = {"tokenizer": "gpt2"} if gpt2 else {"vocab_size": vocab_size}
+        prepare([data], folder / "source", progress=progress, **chosen)
+        whole = TokenDataset.open(folder / "source")
+    train, tuning = hold_out(whole, folder / "train", folder / "tuning")
+    if Path(valid).is_dir():
+        validation = TokenDataset.open(valid)
+        check_same_tokenizer(whole, validation)
+    else:
+        prepare([valid], folder / "validation", tokenizer=str(whole.folder), progress=progress)
+        validation = TokenDataset.open(folder / "validation")
+    return Splits(train, tuning, validation)
+
+
+def hold_out(whole: TokenDataset, train: Path, tuning: Path) -> tuple[TokenDataset, TokenDataset]:
+    """Two new datasets: the last documents of `whole`, about a twentieth of its tokens, and those before them.
+
+    Raises `UserError` where there is too little to split, or where the folders hold a split of other data.
+    """
+    at_least, at_most = TUNING_TOKENS
+    wanted = min(max(round(whole.tokens * TUNING_SHARE), at_least), at_most)
+    starts = whole.document_starts()
+    first = int(np.searchsorted(starts, whole.tokens - wanted, side="right")) - 1
+    border = int(starts[first])
+    if border < whole.tokens // 2:
+        raise UserError(
+            f"{whole.folder} has {whole.tokens:,} tokens in {whole.documents:,} documents: too few to hold a tuning "
+            f"split of {wanted:,} tokens out; give more text"
+        )
+    decode = whole.tokenizer().decode
+    bounds = [*starts[first:].tolist(), whole.tokens]
+    held = sum(len(decode(whole.read(a + 1, b - a - 1).tolist()).encode()) for a, b in itertools.pairwise(bounds))
+    _write_part(whole, train, (0, border), documents=first, text_bytes=whole.text_bytes - held)
+    _write_part(whole, tuning, (border, whole.tokens), documents=whole.documents - first, text_bytes=held)
+    return TokenDataset.open(train), TokenDataset.open(tuning)
+
+
+def _write_part(whole: TokenDataset, folder: Path, place: tuple[int, int], *, documents: int, text_bytes: int) -> None:
+    """The stretch of `whole` from one position to another as a dataset folder, unless the folder has it already."""
+    (start, end), old = place, whole.manifest
+    origin = SourceRecord(name=f"tokens {start} to {end} of a dataset", bytes=old.text_bytes, version=old.hash)
+    request = Request(
+        sources=(origin,),
+        tokenizer_sha256=old.tokenizer_sha256,
+        vocab_size=None,
+        field="text",
+        split="train",
+        shard_tokens=SHARD_TOKENS,
+    )
+    if (folder / MANIFEST).is_file():
+        if Manifest.read(folder).request != request:
+            raise UserError(
+                f"{folder} was made from other data than {whole.folder}; give the same data as before, or name "
+                "another folder for the experiment"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    whole.tokenizer().save(folder)
+    dtype, hashed = token_dtype(old.vocab_size), hashlib.sha256()
+    shards: list[ShardRecord] = []
+    for position in range(start, end, SHARD_TOKENS):
+        content = whole.read(position, min(SHARD_TOKENS, end - position)).astype(dtype).tobytes()
+        hashed.update(content)
+        name = f"shard-{len(shards):05d}.bin"
+        write_atomically(folder / name, content)
+        tokens, own = len(content) // dtype.itemsize, hashlib.sha256(content).hexdigest()
+        shards.append(ShardRecord(name=name, tokens=tokens, sha256=own))
+    manifest = Manifest(
+        tokens=end - start,
+        documents=documents,
+        text_bytes=text_bytes,
+        dtype=old.dtype,
+        vocab_size=old.vocab_size,
+        separator_id=old.separator_id,
+        tokenizer_sha256=old.tokenizer_sha256,
+        hash=hashed.hexdigest(),
+        shards=tuple(shards),
+        request=request,
+    )
+    write_atomically(folder / MANIFEST, manifest.to_json())
