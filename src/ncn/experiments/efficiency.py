@@ -295,7 +295,7 @@ def _text(result: Efficiency) -> str:
         "A curve is smoothed by a straight line through the neighbourhood of each point, in the logarithm of tokens, "
         "with weights that fall off over 8 % of the tokens seen (at least to the third nearest point). The improvement "
         "is the fall of the smooth curve from its first point to its lowest. Intervals come from 400 resamples in "
-        "which whole blocks of residuals keep or change their sign; a block is as long as residuals stay correlated.\n\n"
+        "which whole blocks of residuals keep or change their sign; a block outlasts the correlation of residuals.\n\n"
         "The verdict looks at the last half of the tokens, one doubling. **Diverging**: the log ends in no number, "
         f"the smooth curve ends more than {RISEN:.0%} of the improvement above its lowest point, or it rises. **Still "
         f"improving**: the 95 % interval of the change per doubling lies wholly below −{SETTLED:.1%} of the "
