@@ -244,8 +244,8 @@ def describe(ladder: Ladder, facts: Mapping[str, Any], workers: int | None) -> s
         [
             *lines,
             "FLOPs are forward and backward, attention and output head included.",
-            f"{runs} runs of {budgets} tokens; before them at least {tuning} of {short(ladder.tuning_tokens)} tokens to "
-            f"tune the learning rate at {', '.join(rung.name for rung in ladder.tuned)}.",
+            f"{runs} runs of {budgets} tokens; before them at least {tuning} of {short(ladder.tuning_tokens)} tokens "
+            f"to tune the learning rate at {', '.join(rung.name for rung in ladder.tuned)}.",
             f"Together {flops:.2e} FLOPs, about {_duration(seconds)} here.",
         ]
     )
@@ -284,20 +284,20 @@ def tune(ladder: Ladder, say: Callable[[str], None], options: Mapping[str, Any])
         losses: dict[tuple[str, str], dict[float, float | None]] = {place: {} for place in grids}
         for (arm, size, rate), summary in zip(places, launch(jobs, **options), strict=True):
             losses[arm, size][rate] = None if summary.get("diverged") else summary["validation_loss"]
-        further = {place: rate for place, found in losses.items() if (rate := next_rate(found)) is not None}
+        further = {place: beyond for place, found in losses.items() if (beyond := next_rate(found)) is not None}
         if not further:
             break
-        for place, rate in further.items():
-            grids[place] = sorted([*grids[place], rate])
+        for place, beyond in further.items():
+            grids[place] = sorted([*grids[place], beyond])
     rates: dict[str, dict[str, float]] = {}
     for arm in ARMS:
-        known = [(math.log(rung.counts(arm).working), optimal_rate(losses[arm, rung.name])) for rung in ladder.tuned]
-        for (_, rate), rung in zip(known, ladder.tuned, strict=True):
-            if rate is None:
+        best = [(rung, optimal_rate(losses[arm, rung.name])) for rung in ladder.tuned]
+        for rung, optimum in best:
+            if optimum is None:
                 raise UserError(
                     f"{arm} {rung.name} diverged at every learning rate: lower learning_rate, or raise warmup"
                 )
-        x, y = np.array([(size, math.log(rate)) for size, rate in known if rate is not None]).T
+        x, y = np.log([(rung.counts(arm).working, optimum) for rung, optimum in best if optimum is not None]).T
         rates[arm] = {
             rung.name: float(f"{math.exp(np.interp(math.log(rung.counts(arm).working), x, y)):.4g}")
             for rung in ladder.rungs

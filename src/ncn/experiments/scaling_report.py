@@ -30,7 +30,7 @@ class Ends:
 
 
 def collect(folders: Sequence[Path]) -> Ends:
-    """The ends of all runs of ladders on the same texts; raises `UserError` where there is none, or the texts differ."""
+    """The ends of all runs of ladders on the same texts; raises `UserError` where there is none, or they differ."""
     points, without, flops, missing = [], [], [], []
     first = read_json(folders[0] / "scale.json")
     for folder in folders:
@@ -110,9 +110,10 @@ def sentences(fit: ScalingFit, trend: Trend) -> list[str]:
         )
     else:
         first = f"Over these sizes, at {tokens} tokens, no difference in loss was found: gap {mean}."
+    ahead = gap.value >= 0
     verdict = {
-        "widens": "The gap widens with size",
-        "narrows": "The gap narrows with size",
+        "widens": "The gap widens with size" if ahead else "The NCN's disadvantage shrinks with size",
+        "narrows": "The gap narrows with size" if ahead else "The NCN's disadvantage grows with size",
         "cannot be told": "Whether the gap widens or narrows with size cannot be told",
     }[trend.verdict]
     found = [first, f"{verdict}: {_ranged(slope, '+.4f')} nats for each doubling of parameters."]

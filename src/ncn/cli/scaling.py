@@ -1,0 +1,125 @@
+"""Verbs for how a loss falls with tokens and with size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ncn.cli.app import app, fail
+from ncn.config import Recipe
+from ncn.errors import UserError
+
+SIZES = "32,64,96,128,160,192"
+
+
+@app.command()
+def efficiency(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...", help="Run folders, CSV files with the columns tokens and loss, or `published`."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the page, its figures and the JSON file.")] = Path("efficiency"),
+    loss: Annotated[
+        str, typer.Option(help="training, validation, or auto: validation where every run has it.")
+    ] = "auto",
+) -> None:
+    """Compare what each token bought: power laws, tokens to a loss, and whether a run has converged."""
+    from ncn.experiments.efficiency import measure, sentences, write_report
+
+    if loss not in ("auto", "training", "validation"):
+        raise UserError(f"--loss is {loss!r}; it must be auto, training or validation")
+    result = measure(runs, loss=loss)  # type: ignore[arg-type]
+    for warning in result.warnings:
+        print(f"note: {warning}")
+    for sentence in sentences(result):
+        print(sentence)
+    print()
+    for path in write_report(result, out):
+        print(path)
+
+
+@app.command()
+def scale(
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change at every size, as for `ncn train`.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the ladder; not needed with --plan.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Preset that every size is made from. [default: mini]")] = None,
+    config: Annotated[Path | None, typer.Option(help="Or a recipe file, YAML or JSON.")] = None,
+    sizes: Annotated[
+        str, typer.Option(help="Widths, such as 64, each a layer deep for every 32, or width and depth, such as 64x3.")
+    ] = SIZES,
+    budgets: Annotated[str, typer.Option(help="Tokens of the runs; every size is run with each.")] = "250k,500k,1M",
+    seeds: Annotated[int, typer.Option(help="Runs in every place of the ladder.")] = 1,
+    data: Annotated[
+        str, typer.Option(help="Dataset folder, or any source that `ncn prepare` reads.")
+    ] = "tinystories-sample",
+    valid: Annotated[str, typer.Option(help="The same, to measure on.")] = "tinystories-sample-valid",
+    also: Annotated[
+        list[Path] | None, typer.Option(help="A finished ladder on the same text, to join the fit. May be repeated.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs at once; default: one a core, or one a device.")] = None,
+    launcher: Annotated[str, typer.Option(help="local, or ray: the runs go to a Ray cluster.")] = "local",
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what the full ladder to 1 B would cost.")] = False,
+    teraflops: Annotated[float, typer.Option(help="With --plan: peak TFLOP/s of a device.")] = 989.0,
+    utilisation: Annotated[float, typer.Option(help="With --plan: the share of the peak that is reached.")] = 0.4,
+    memory: Annotated[float, typer.Option(help="With --plan: memory of a device in GB.")] = 80.0,
+    days: Annotated[float, typer.Option(help="With --plan: days that all may take.")] = 14.0,
+) -> None:
+    """Train baseline and NCN on a ladder of sizes and budgets, and fit the law of loss with size and data.
+
+    The same command again goes on where an interrupted one stopped.
+    """
+    if preset and config:
+        raise UserError("give --preset or --config, not both; a recipe file may itself hold `preset: NAME`")
+    from ncn.cli.ab import parse_count
+
+    tokens = [parse_count(part) for part in budgets.split(",")]
+    if plan:
+        if min(teraflops, utilisation, memory, days) <= 0 or utilisation > 1:
+            raise UserError("--teraflops, --memory and --days must be above 0, and --utilisation between 0 and 1")
+        _print_plan(config or preset or "mini", settings or [], sizes, tokens, seeds,
+                    {"teraflops": teraflops, "utilisation": utilisation, "memory_gb": memory, "days": days})  # fmt: skip
+        return
+    if out is None:
+        raise UserError("name the folder of the ladder with --out; or see what it would cost with --plan")
+    from ncn.experiments.scale import run_scale
+    from ncn.stopping import Interrupted
+
+    try:
+        files = run_scale(
+            out,
+            preset=config or preset or "mini",
+            settings=settings or [],
+            sizes=sizes,
+            budgets=tokens,
+            seeds=seeds,
+            data=data,
+            valid=valid,
+            also=also or [],
+            launcher=launcher,  # type: ignore[arg-type]  # checked there
+            workers=jobs,
+        )
+    except Interrupted as stop:
+        fail(f"{stop}; to go on, give the same command again", 130)
+    from ncn.runs import read_json
+
+    print()
+    for sentence in read_json(out / "scaling.json")["sentences"]:
+        print(sentence)
+    for path in files:
+        print(path)
+
+
+def _print_plan(
+    source: str | Path, settings: list[str], sizes: str, budgets: list[int], seeds: int, device: dict[str, float]
+) -> None:
+    from ncn.experiments.ladder import Device, build_ladder, describe_full_plan, full_plan
+
+    rungs = build_ladder(Recipe.read(source, settings), sizes)
+    name = "an H100" if device["teraflops"] == Device.teraflops else "a device"
+    print(describe_full_plan(full_plan(rungs, budgets, seeds, Device(name, **device))))
