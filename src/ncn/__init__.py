@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ncn.cache import Cache
     from ncn.config import ControllerConfig, NCNConfig, Recipe, TrainConfig
     from ncn.data import TokenDataset
+    from ncn.diagnosis import Diagnosis, diagnose
     from ncn.errors import UserError
     from ncn.evaluate import bits_per_byte
     from ncn.model import ModelOutput, ModulatedTransformer
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Cache": "cache",
     "ControllerConfig": "config",
+    "Diagnosis": "diagnosis",
     "ModelOutput": "model",
     "ModulatedTransformer": "model",
     "NCNConfig": "config",
@@ -32,6 +34,7 @@ _HOMES = {
     "TrainConfig": "config",
     "UserError": "errors",
     "bits_per_byte": "evaluate",
+    "diagnose": "diagnosis",
     "load": "store",
     "published": "published",
     "save_model": "store",
@@ -41,6 +44,7 @@ _HOMES = {
 __all__ = [
     "Cache",
     "ControllerConfig",
+    "Diagnosis",
     "ModelOutput",
     "ModulatedTransformer",
     "NCNConfig",
@@ -51,6 +55,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "bits_per_byte",
+    "diagnose",
     "load",
     "published",
     "save_model",

@@ -1,0 +1,55 @@
+"""The statistics of the control signals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ncn.cli.app import DEFAULT_MODEL, app, open_dataset
+
+
+@app.command()
+def diagnose(
+    model: Annotated[str, typer.Argument(help="Run folder, saved folder, bundled model or hub name.")] = DEFAULT_MODEL,
+    data: Annotated[
+        str, typer.Option(help="Dataset folder, or any source that `ncn prepare` reads.")
+    ] = "tinystories-sample-valid",
+    out: Annotated[Path, typer.Option(help="Folder for the page, its figures and the numbers.")] = Path("diagnosis"),
+    max_tokens: Annotated[
+        int | None, typer.Option(help="About how many tokens to read, spread over the documents. [default: 32768]")
+    ] = None,
+) -> None:
+    """Say what the control signals do over a corpus, and whether they do anything: a verdict, and a page of figures."""
+    import tempfile
+
+    from ncn.diagnosis import DEFAULT_TOKENS
+    from ncn.diagnosis import diagnose as run
+    from ncn.diagnosis.readers import reader_of
+    from ncn.evaluate import check_vocabulary
+    from ncn.runs import RunFolder
+    from ncn.store import load
+
+    loaded, tokenizer = load(model)
+    reader = reader_of(loaded)  # a model without signals is refused before its text is prepared
+    metrics = RunFolder(model).metrics()
+    with tempfile.TemporaryDirectory() as scratch:
+        dataset = open_dataset(data, tokenizer, Path(scratch))
+        check_vocabulary(loaded, dataset)
+        found = run(
+            reader,
+            dataset,
+            tokenizer,
+            max_tokens=DEFAULT_TOKENS if max_tokens is None else max_tokens,
+            metrics=metrics,
+            name=Path(model).name,
+            data_name=Path(data).name,
+            progress=True,
+        )
+    paths = found.save(out)
+    print("\n".join(found.verdict))
+    for name, sentence in found.results["verdict"]["signals"].items():
+        print(f"  {name} {sentence}")
+    for path in paths:
+        print(path)
