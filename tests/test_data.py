@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from ncn.data import NO_TARGET, Manifest, Request, ShardRecord, TokenDataset, token_dtype
 from ncn.errors import UserError
+from ncn.prepare import prepare
 from ncn.tokenizer import Tokenizer
 
 
@@ -189,3 +191,18 @@ def test_a_foreign_tokenizer_is_refused(dataset: TokenDataset) -> None:
 def test_arguments_out_of_range_are_refused(dataset: TokenDataset, arguments: tuple[int, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         dataset.batch(*arguments)
+
+
+def test_documents_are_found_and_read_where_they_begin(tmp_path: Path) -> None:
+    texts = ["One day.", "A red ball, a blue ball.", "The end."]
+    source = tmp_path / "text.txt"
+    source.write_text("\n<|endoftext|>\n".join(texts), "utf-8")
+    prepare([str(source)], tmp_path / "data", vocab_size=257, shard_tokens=10, workers=1)
+    dataset = TokenDataset.open(tmp_path / "data")
+    assert len(dataset.manifest.shards) > 1
+    bounds = [*dataset.document_starts().tolist(), dataset.tokens]
+    assert bounds == [0, 9, 34, 43]
+    decode = dataset.tokenizer().decode
+    pieces = [dataset.read(a, b - a).tolist() for a, b in itertools.pairwise(bounds)]
+    assert [decode(ids[1:]) for ids in pieces] == texts
+    assert all(ids[0] == dataset.separator_id for ids in pieces)

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from ncn.config import NCNConfig
 from ncn.data import TokenDataset
 from ncn.errors import UserError
-from ncn.evaluate import bits_per_byte, causal_value, evaluate, signal_means
+from ncn.evaluate import DocumentLosses, bits_per_byte, causal_value, document_losses, evaluate, signal_means
 from ncn.model import ModulatedTransformer
 from ncn.store import load
 from ncn.tokenizer import Tokenizer
-from tiny import MODEL, prepare_text, stories
+from tiny import MODEL, prepare_text, recipe, stories
 
 
 @pytest.fixture
@@ -230,3 +230,36 @@ def test_a_diverged_model_has_a_loss_and_no_traceback(tmp_path: Path, data: Path
         model.norm.weight.fill_(1e4)
     dataset = prepare_text(tmp_path / "short", stories(0, 300), tokenizer=str(data))
     assert evaluate(model, dataset).perplexity > 1e300
+
+
+def test_the_documents_add_up_to_the_whole(data: Path, tmp_path: Path) -> None:
+    dataset = TokenDataset.open(data)
+    model = ModulatedTransformer(recipe().model.override(vocab_size=dataset.vocab_size))
+    whole, documents = evaluate(model, dataset), document_losses(model, dataset, batch_size=3)
+    assert documents.nats.shape == documents.tokens.shape == documents.bytes.shape == (dataset.documents,)
+    assert documents.tokens.sum() == whole.tokens == dataset.tokens - 1
+    assert documents.bytes.sum() == dataset.text_bytes
+    assert documents.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert documents.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=1e-6)
+    documents.save(tmp_path / "documents.safetensors")
+    again = DocumentLosses.load(tmp_path / "documents.safetensors")
+    assert all((getattr(again, name) == value).all() for name, value in vars(documents).items())
+
+
+def test_each_document_has_its_own_losses(data: Path) -> None:
+    """Token by token: a document owns the tokens after its separator, up to the separator that ends it."""
+    dataset = TokenDataset.open(data)
+    model = ModulatedTransformer(recipe().model.override(vocab_size=dataset.vocab_size))
+    expected, document = [0.0] * dataset.documents, -1
+    for inputs, targets in dataset.windows(32, 1):
+        losses = model.token_losses(inputs, targets)
+        for token, target, loss in zip(inputs[0].tolist(), targets[0].tolist(), losses[0].tolist(), strict=True):
+            if target != -100:
+                document += token == dataset.separator_id
+                expected[document] += loss
+    assert document_losses(model, dataset).nats.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_where_no_documents_were_measured_there_are_none_to_load(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"documents\.safetensors is missing"):
+        DocumentLosses.load(tmp_path / "documents.safetensors")

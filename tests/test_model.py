@@ -122,6 +122,37 @@ def test_equal_seeds_give_equal_backbones_whatever_the_controller() -> None:
         assert all(torch.equal(state[name], value) for name, value in states[0].items())
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_a_wider_block_begins_with_the_narrower_one(activation: str) -> None:
+    states = []
+    for controller, width in (({}, 40), ({"signals": ["gain"]}, 57)):
+        torch.manual_seed(5)
+        states.append(ModulatedTransformer(config(controller, d_ff=width, activation=activation)).state_dict())
+    narrow, wide = states
+    for name, value in narrow.items():
+        other = wide[name]
+        if name.endswith("ffn.up.weight"):
+            parts = 2 if activation == "swiglu" else 1
+            other = other.unflatten(0, (parts, 57))[:, :40].flatten(0, 1)
+        elif name.endswith("ffn.down.weight"):
+            other = other[:, :40]
+        elif name.startswith("controller.") and other.shape != value.shape:  # the read-out of the signals
+            continue
+        assert torch.equal(other, value), name
+
+
+def test_no_two_matrices_start_alike() -> None:
+    model = ModulatedTransformer(config(None, d_model=32, num_heads=2, d_ff=96))
+    corners = [p[:16, :32].flatten() for p in model.parameters() if p.ndim == 2]
+    correlations = torch.corrcoef(torch.stack(corners)) - torch.eye(len(corners))
+    assert correlations.abs().max() < 5 / 512**0.5  # five standard deviations of the correlation of 512 pairs
+
+
+def test_models_made_one_after_the_other_differ() -> None:
+    first, second = (ModulatedTransformer(config(None)).embedding.weight for _ in range(2))
+    assert not torch.equal(first, second)
+
+
 def test_initial_weights_have_the_configured_spread() -> None:
     model = ModulatedTransformer(config(d_model=64, d_ff=256, init_std=0.05))
     writers = 0.05 / math.sqrt(2 * 3)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ncn.config import Recipe
 from ncn.data import TokenDataset
 from ncn.errors import UserError
-from ncn.evaluate import evaluate
+from ncn.evaluate import DocumentLosses, evaluate
 from ncn.runs import RunFolder, read_checkpoint
 from ncn.signals import homeostatic_loss
 from ncn.stopping import Interrupted
@@ -627,3 +627,20 @@ def test_weights_of_the_saved_model_are_those_of_the_last_checkpoint(finished: P
     tensors = read_checkpoint(RunFolder.open(finished).checkpoints()[0]).tensors
     assert all(torch.equal(tensor, tensors[f"model.{name}"]) for name, tensor in saved.items())
     assert json.loads((finished / "config.json").read_text())["model"]["d_model"] == 16
+
+
+def test_a_run_leaves_the_loss_of_every_validation_document(finished: Path, valid: Path) -> None:
+    summary, documents = RunFolder.open(finished).summary(), DocumentLosses.load(finished / "documents.safetensors")
+    assert len(documents.nats) == TokenDataset.open(valid).documents
+    assert documents.loss == summary["validation_loss"]
+    assert documents.bits_per_byte == summary["validation_bits_per_byte"]
+
+
+def test_other_initial_weights_on_the_same_batches(tmp_path: Path, data: Path, finished: Path) -> None:
+    for name, seeds in (("twin", {"init_seed": 7}), ("same", {"init_seed": 1}), ("other", {"seed": 7})):
+        run(recipe(**seeds), data, tmp_path / name)
+    found = {name: RunFolder.open(tmp_path / name).summary() for name in ("twin", "same", "other")}
+    expected = RunFolder.open(finished).summary()
+    assert found["twin"]["batches_sha256"] == found["same"]["batches_sha256"] == expected["batches_sha256"]
+    assert found["other"]["batches_sha256"] != expected["batches_sha256"]
+    assert found["same"]["loss"] == expected["loss"] != found["twin"]["loss"]

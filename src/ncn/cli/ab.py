@@ -51,6 +51,8 @@ def ab(
     """
     if preset and config:
         raise UserError("give --preset or --config, not both; a recipe file may itself hold `preset: NAME`")
+    if launcher not in ("local", "ray"):
+        raise UserError(f"unknown launcher {launcher!r}; launchers: local, ray")
     from ncn.experiments.ab import run_ab
     from ncn.stopping import Interrupted
 
@@ -68,7 +70,7 @@ def ab(
             variants=dict(parse_variant(text) for text in variant or []),
             data=data,
             valid=valid,
-            launcher=launcher,  # type: ignore[arg-type]  # checked there
+            launcher=launcher,  # type: ignore[arg-type]  # one of the two
             workers=jobs,
         )
     except Interrupted as stop:

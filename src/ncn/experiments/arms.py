@@ -172,7 +172,7 @@ def _table(recipe: Recipe, controller: ControllerConfig) -> dict[str, _Row]:
             rest = tuple(name for name in controller.signals if name != signal)
             label = f"NCN without {signal.replace('_', ' ')}"
             table[f"ncn-without-{signal}"] = (label, "ablation", changed(controller.override(signals=rest)))
-    table[AGAIN] = ("widened baseline, other initial weights", "again", changed(None))
+    table[AGAIN] = ("baseline again", "again", changed(None))
     return table
 
 
@@ -190,7 +190,7 @@ def _variant(name: str, settings: list[str], recipe: Recipe, taken: Iterable[str
     if changed.model.context_length != recipe.model.context_length:
         raise UserError(f"the variant {name} changes context_length, which all arms share; change it for all of them")
     model = changed.model.override(d_ff=changed.model.ffn_width)
-    return f"NCN with {', '.join(settings)}", "ncn-variant", Recipe(model=model, train=changed.train)
+    return f"NCN, {name}", "ncn-variant", Recipe(model=model, train=changed.train)
 
 
 def _unit(config: NCNConfig) -> int:

@@ -98,8 +98,6 @@ def launch(
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers must be at least 1, not {workers}")
-    if launcher not in ("local", "ray"):
-        raise UserError(f"unknown launcher {launcher!r}; launchers: local, ray")
     outs = [job.out.absolute() for job in jobs]
     assert len(set(outs)) == len(outs), "two jobs with one folder"
     summaries: dict[Path, dict[str, Any]] = {}
@@ -162,12 +160,14 @@ class _Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True, text=True,
         )  # fmt: skip
         self.heard = heard
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.heard.put((self, json.loads(line)))
+        with self.process.stdout as answers:
+            for line in answers:
+                self.heard.put((self, json.loads(line)))
         self.heard.put((self, None))
 
     def start(self, job: Job) -> None:
@@ -189,6 +189,7 @@ class _Worker:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.listener.join()
 
 
 def _launch_here(jobs: Sequence[Job], workers: int | None, watch: _Watch, say: Callable[[str], None]) -> Iterator[Job]:

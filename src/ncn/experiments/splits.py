@@ -70,7 +70,7 @@ def hold_out(whole: TokenDataset, train: Path, tuning: Path) -> tuple[TokenDatas
     at_least, at_most = TUNING_TOKENS
     wanted = min(max(round(whole.tokens * TUNING_SHARE), at_least), at_most)
     starts = whole.document_starts()
-    first = int(np.searchsorted(starts, whole.tokens - wanted, side="right")) - 1
+    first = max(0, int(np.searchsorted(starts, whole.tokens - wanted, side="right")) - 1)
     border = int(starts[first])
     if border < whole.tokens // 2:
         raise UserError(

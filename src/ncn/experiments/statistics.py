@@ -104,7 +104,7 @@ def intervals(per_seed: ArrayLike, resampled: ArrayLike | None = None, *, seed: 
     """
     values = np.asarray(per_seed, float)
     seeds = values.shape[-1]
-    mean = values.mean(-1)
+    mean = np.asarray(values.mean(-1))
     if seeds < 2:
         nothing = np.full_like(mean, np.nan)
         return Intervals(mean, nothing, nothing, nothing)
@@ -116,7 +116,8 @@ def intervals(per_seed: ArrayLike, resampled: ArrayLike | None = None, *, seed: 
     drawn = centre + error[..., None] * student
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=-1)
     beyond = np.minimum((drawn <= 0).sum(-1), (drawn >= 0).sum(-1))
-    return Intervals(mean, low, high, np.minimum(2 * (1 + beyond) / (1 + draws), 1.0))
+    p = np.minimum(2 * (1 + beyond) / (1 + draws), 1.0)
+    return Intervals(mean, *(np.asarray(found) for found in (low, high, p)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

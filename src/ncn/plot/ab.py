@@ -174,7 +174,8 @@ def rate_sweep(sweeps: Mapping[str, Mapping[float, float | None]], path: str | P
             axes.annotate(f"{loss:.3f}", (rate, loss), (0, 8), textcoords="offset points", ha="center", size=8,
                           color=LINES[1], weight="bold")  # fmt: skip
         lost = [rate for rate, loss in losses.items() if loss is None]
-        axes.plot(lost, [high + margin] * len(lost), "x", color=INK, markersize=6, clip_on=False)
+        if lost:  # an empty line that is not clipped would upset the layout
+            axes.plot(lost, [high + margin] * len(lost), "x", color=INK, markersize=6, clip_on=False)
         axes.set_title(drawable(label), loc="left", size=9, parse_math=False)
         axes.set(xscale="log", ylim=(low - margin, high + 2 * margin))
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
