@@ -146,9 +146,9 @@ different means, each its own job (p: that all layers have the same mean). *Betw
 How much of a signal's variation over tokens can be predicted from which token it stands on; how much more from the
 number of tokens before it; how much more from the bag of words so far, that is, which tokens came and how often, but
 not in which order? Predictions were fitted on four fifths of the documents and judged on the others, so a share is a
-real prediction (p: that this step adds nothing; an addition slightly below zero is one that did not carry over). What
-is left, the **phasic index**, needs more than these: the last few tokens in their order, or the context in some other
-form. It also holds whatever the predictions were too simple to find.
+real prediction (p: that this step adds nothing). What is left, the **phasic index**, needs more than these: the last
+few tokens in their order, or the context in some other form. It also holds whatever the predictions were too simple to
+find.
 
 {table(["signal", "which token", "+ position", "+ words so far", "left: phasic index"], rows)}
 {picture}"""

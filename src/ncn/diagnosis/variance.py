@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,10 +17,7 @@ PARTS = ("layers", "sites", "tokens_alike", "tokens_apart")
 
 _FOLDS = 5
 _LIGHT = 10.0
-_PENALTIES = {  # of each stage's own features; the last one leaves what was explained before as it is
-    "position": (_LIGHT, 1e9),
-    "bag": (_LIGHT, 300.0, 1e4, 1e5, 1e9),
-}
+_PENALTIES = {"position": (_LIGHT, 1000.0), "bag": (_LIGHT, 300.0, 1e4, 1e5)}  # of each stage's own features
 _POSITIONS = 128  # the first positions have a coefficient each, those after them share smooth ones
 _KNOTS = 16
 _WORDS, _BUCKETS = 192, 64
@@ -130,7 +128,11 @@ def explained_by_tokens(record: Record, resampling: Resampling) -> dict[str, dic
         for option, weights in enumerate(alone):
             note("alone", option, test, targets[test] - mean - (places[test] - centre) @ weights)
 
-    chosen = {stage: _best(values) for stage, values in errors.items()}
+    # where a stage predicts worse than the one before it, it is left out
+    chosen = {"total": errors["total"][0]}
+    chosen["alone"] = _best([*errors["alone"], chosen["total"]])
+    for before, stage in pairwise(("total", *STAGES)):
+        chosen[stage] = _best([*errors[stage], chosen[before]])
     groups = {name: [index] for index, name in enumerate(names)}
     if len(names) > 1:
         groups["all"] = list(range(len(names)))
@@ -151,10 +153,10 @@ def _shares(errors: dict[str, Floats], resampling: Resampling) -> dict[str, Any]
     return result
 
 
-def _best(errors: NDArray[np.float64]) -> NDArray[np.float64]:
-    """For each signal, the errors (units, signals) under the penalty that leaves the least."""
-    option = errors.sum(1).argmin(0)
-    return np.stack([errors[best, :, index] for index, best in enumerate(option)], 1)
+def _best(options: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """For each signal, the errors (units, signals) under the option that leaves the least."""
+    errors = np.stack(options)
+    return np.stack([errors[best, :, index] for index, best in enumerate(errors.sum(1).argmin(0))], 1)
 
 
 class _TokenMeans:

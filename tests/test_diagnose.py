@@ -1,0 +1,566 @@
+"""The verdict is right on controllers whose nature is known, and every measure finds what was planted and only that."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import ncn
+from ncn import published
+from ncn.config import NCNConfig
+from ncn.controller import ControllerNetwork, LocalGates, StaticGates
+from ncn.data import TokenDataset
+from ncn.diagnosis.balance import homeostasis
+from ncn.diagnosis.events import REACH, event_study, reactivity, word_ends
+from ncn.diagnosis.freezing import causal_value
+from ncn.diagnosis.inference import Resampling
+from ncn.diagnosis.readers import reader_of
+from ncn.diagnosis.record import Record, choose_texts, collect, read_texts
+from ncn.diagnosis.variance import explained_by_tokens, specialisation
+from ncn.errors import UserError
+from ncn.evaluate import evaluate
+from ncn.model import ModulatedTransformer
+from ncn.tokenizer import Tokenizer
+from tiny import MODEL, prepare_text, stories
+
+VOCABULARY, CONTEXT = 60, 40
+
+# Controllers of a known nature
+
+
+def language(documents: int = 80, seed: int = 0) -> list[list[int]]:
+    """Documents of a random language in which the next token depends on the two before it."""
+    rng = np.random.default_rng(seed)
+    table = np.random.default_rng(1).integers(1, VOCABULARY, (VOCABULARY, VOCABULARY, 4))
+    found = []
+    for _ in range(documents):
+        ids = [0, int(rng.integers(1, VOCABULARY))]
+        while len(ids) < CONTEXT:
+            ids.append(int(table[ids[-1], ids[-2], rng.integers(4)]))
+        found.append(ids)
+    return found
+
+
+def build(kind: str = "ncn", **controller: Any) -> ModulatedTransformer:
+    """A random model whose layers write much, so that what a signal does to them shows in the loss."""
+    config = {
+        **MODEL, "vocab_size": VOCABULARY, "context_length": CONTEXT, "tie_embeddings": False, "positions": "learned",
+        "controller": {"width": 8, "hidden": 16, "pooling_heads": 2, "kind": kind, **controller},
+    }  # fmt: skip
+    model = ModulatedTransformer(NCNConfig.parse(config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("controller.") and parameter.ndim == 2:
+                parameter.normal_(std=0.4)
+    return model
+
+
+def networks(model: ModulatedTransformer) -> list[ControllerNetwork]:
+    found = [module for module in model.modules() if isinstance(module, ControllerNetwork)]
+    with torch.no_grad():
+        for network in found:
+            network.output.weight.normal_(std=0.5)
+    return found
+
+
+def frozen_at_neutral() -> ModulatedTransformer:
+    return build()  # before training every signal is neutral
+
+
+def constant() -> ModulatedTransformer:
+    model = build("static")
+    assert isinstance(model.controller, StaticGates)
+    with torch.no_grad():
+        model.controller.raw.normal_(std=0.7)
+    return model
+
+
+def knows_the_token() -> ModulatedTransformer:
+    """Sees the newest token's embedding and nothing else: one tap in front of everything, no pooled context."""
+    model = build(phasic_kernel=1)
+    (network,) = networks(model)
+    with torch.no_grad():
+        network.read.weight[network.pools : network.pools + network.width] = 0
+    return model
+
+
+def knows_the_position() -> ModulatedTransformer:
+    """Its second tap reads the half of the residual stream that holds nothing but positions; the first is silent."""
+    model = build(taps=(0, 1), phasic_kernel=1)
+    first, second = networks(model)
+    half = model.config.d_model // 2
+    assert model.position_embedding is not None
+    with torch.no_grad():
+        first.output.weight.zero_()
+        model.layers[0].attention.output.weight.zero_()
+        model.layers[0].ffn.down.weight.zero_()
+        model.embedding.weight[:, half:] = 0
+        model.position_embedding.weight[:, :half] = 0
+        for table in (model.embedding.weight, model.position_embedding.weight):  # else the norm would tell the token
+            table /= table.norm(dim=1, keepdim=True)
+        second.read.weight[:, :half] = 0
+        second.read.weight[second.pools : second.pools + second.width] = 0
+        second.read.weight *= 3
+    return model
+
+
+def reads_the_context() -> ModulatedTransformer:
+    model = build(phasic_kernel=4)
+    networks(model)
+    return model
+
+
+def local() -> ModulatedTransformer:
+    model = build("local")
+    assert isinstance(model.controller, LocalGates)
+    with torch.no_grad():
+        for parameter in model.controller.parameters():
+            parameter.normal_(std=0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[list[int]]:
+    return language()
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (frozen_at_neutral, "nothing", "does nothing"),
+        (constant, "constant", "the same for every token"),
+        (knows_the_token, "token", "only knows which token it stands on"),
+        (knows_the_position, "position", "only knows the position"),
+        (reads_the_context, "context", "reads the context"),
+        (local, "context", "reads the context"),
+    ],
+)
+def test_the_verdict_on_a_controller_of_known_nature(
+    make: Callable[[], ModulatedTransformer], kind: str, words: str, documents: list[list[int]]
+) -> None:
+    found = ncn.diagnose(make(), documents)
+    assert found.results["verdict"]["kind"] == kind
+    assert words in found.verdict[0]
+    assert found.results["causality"]["causal"]
+    if kind == "nothing":
+        assert found.results["causal_value"]["all"]["neutral"]["value"] == 0
+        assert found.results["explained"] == {}
+    if kind == "constant":
+        costs = found.results["causal_value"]["all"]
+        assert abs(costs["neutral"]["value"]) > 0.01
+        assert costs["layer_mean"]["value"] == pytest.approx(0, abs=1e-5)
+        assert costs["shuffled"]["value"] == 0
+
+
+def test_only_the_signal_that_moves_is_said_to_move(documents: list[list[int]]) -> None:
+    model = build(signals=("gain", "ffn_gate"), phasic_kernel=4)
+    (network,) = networks(model)
+    with torch.no_grad():  # outputs are gain and ffn_gate of layer 0, then of layer 1
+        network.output.weight[1::2] = 0
+    verdict = ncn.diagnose(model, documents).results["verdict"]
+    assert verdict["signals"]["gain"].startswith("reads the context")
+    assert verdict["signals"]["ffn_gate"].startswith("sits at neutral")
+    assert any("holding ffn_gate at neutral costs nothing" in sentence for sentence in verdict["sentences"])
+
+
+def test_a_controller_that_moves_but_changes_nothing_is_decoration(documents: list[list[int]]) -> None:
+    model = reads_the_context()
+    with torch.no_grad():  # nothing of any layer reaches the residual stream
+        for layer in model.layers:
+            layer.attention.output.weight.zero_()
+            layer.ffn.down.weight.zero_()
+    verdict = ncn.diagnose(model, documents).results["verdict"]
+    assert verdict["kind"] == "context"
+    assert "decoration" in verdict["sentences"][1]
+
+
+def test_a_model_without_signals_is_refused_in_one_line(documents: list[list[int]]) -> None:
+    model = ModulatedTransformer(NCNConfig.parse(MODEL | {"controller": None}))
+    with pytest.raises(UserError, match="has no controller, so there are no signals to diagnose") as refusal:
+        ncn.diagnose(model, documents)
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_published_kind_is_diagnosed_and_called_not_causal() -> None:
+    path = Path(__file__).parent / "fixtures" / "published_ncn_small.safetensors"
+    with safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        model = published.load(weights, json.loads(file.metadata()["config"]))
+    rng = np.random.default_rng(0)
+    size, length = model.config.vocab_size, min(model.config.max_position_embeddings, 24)
+    found = ncn.diagnose(model, [rng.integers(0, size, length).tolist() for _ in range(24)])
+    assert not found.results["causality"]["causal"]
+    assert found.results["causality"]["change_from_later_token"]["signals"] > 1e-4
+    assert any("not causal" in sentence for sentence in found.verdict)
+    assert found.results["signals"] == ["gain", "precision", "ffn_gate"]
+    # frozen at neutral it is a model without signals: by hand, through the names of its controller's outputs
+    costs = found.results["causal_value"]
+    assert costs["all"]["neutral"]["value"] != 0
+    assert model(torch.zeros(1, 1, dtype=torch.int64)).signals["gain"].std() > 0  # nothing is left behind
+
+
+# The record
+
+
+def test_the_record_is_what_the_model_does_text_by_text() -> None:
+    model = reads_the_context()
+    documents = [ids[: 15 + number] for number, ids in enumerate(language(12))]
+    reader = reader_of(model)
+    texts = choose_texts(documents, CONTEXT, 10_000)
+    record = collect(reader, texts, batch_size=5)
+    start = 0
+    for number, ids in enumerate(documents):
+        with torch.no_grad():
+            output = model(torch.tensor([ids]), output_signals=True)
+        part = slice(start, start := start + len(ids))
+        assert record.tokens[part].tolist() == ids
+        assert set(record.document[part]) == {number}
+        assert record.position[part].tolist() == list(range(len(ids)))
+        nats = torch.nn.functional.cross_entropy(output.logits[0, :-1], torch.tensor(ids[1:]), reduction="none")
+        np.testing.assert_allclose(record.surprisal[part][1:], nats, rtol=1e-4)
+        assert np.isnan(record.surprisal[part][0])
+        for name, signal in (output.signals or {}).items():
+            np.testing.assert_allclose(record.signals[name][part], signal[0], rtol=1e-4)
+    assert start == len(record.tokens)
+
+
+def test_freezing_signals_at_what_they_are_changes_nothing() -> None:
+    reader = reader_of(reads_the_context())
+    texts = choose_texts([ids[: 15 + number] for number, ids in enumerate(language(12))], CONTEXT, 10_000)
+    record = collect(reader, texts)
+    again, _ = read_texts(reader, texts, frozen=record.signals, batch_size=3)
+    np.testing.assert_allclose(again[1:], record.surprisal[1:], rtol=1e-4)
+
+
+def test_the_cost_of_freezing_is_that_of_the_evaluation(data: Path, valid: Path) -> None:
+    """One long document read in windows is what `evaluate` reads."""
+    dataset = TokenDataset.open(valid)
+    model = ModulatedTransformer(NCNConfig.parse(MODEL | {"cross_documents": True}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    stream = np.concatenate([inputs[targets != -100] for inputs, targets in dataset.windows(32, 16)])
+    usable = len(stream) // 32 * 32
+    reader = reader_of(model)
+    texts = choose_texts([stream[:usable].tolist()], 32, 10**6)
+    record = collect(reader, texts)
+    costs = causal_value(reader, texts, record, Resampling(record.unit, 0))
+    held = {
+        name: torch.ones(1, 1, 1) if record.signals[name].ndim == 2 else torch.ones(1, 1, 1, 1)
+        for name in record.signals
+    }
+    # the evaluation also scores the token after each window, so its windows are read one token shorter
+    losses = [
+        sum(float(model.token_losses(*batch(text.ids), frozen=frozen).sum()) for text in texts)
+        for frozen in (held, None)
+    ]
+    scored = np.isfinite(record.surprisal).sum()
+    assert costs["all"]["neutral"]["value"] == pytest.approx((losses[0] - losses[1]) / scored, rel=1e-3, abs=1e-6)
+    assert evaluate(model, dataset, frozen=held).loss - evaluate(model, dataset).loss == pytest.approx(
+        costs["all"]["neutral"]["value"], abs=0.05
+    )
+
+
+def batch(ids: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    row = torch.from_numpy(ids)[None]
+    return row[:, :-1], row[:, 1:]
+
+
+def test_texts_are_spread_over_the_documents_and_long_documents_are_cut() -> None:
+    texts = choose_texts([[1] * 100, *([2] * 20 for _ in range(50))], 30, 300)
+    assert len({text.document for text in texts}) >= 10
+    assert texts[0].begins
+    assert all(len(text.ids) <= 30 for text in texts)
+    assert sum(len(text.ids) for text in texts) == pytest.approx(300, rel=0.3)
+    whole = choose_texts([[1] * 100, [2] * 20], 30, 10**6)
+    assert [(len(text.ids), text.document, text.begins) for text in whole] == [
+        (30, 0, True), (30, 0, False), (30, 0, False), (20, 1, True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("documents", "line"),
+    [
+        ([[1] * 20], "too little text"),
+        ([[1] * 3] * 50, "too little text"),
+        ([[1] * 20] * 4, "an interval needs 5"),
+        ([[VOCABULARY] * 20] * 9, "use the model's own tokenizer"),
+    ],
+)
+def test_text_that_does_not_do_is_refused(documents: list[list[int]], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        ncn.diagnose(reads_the_context(), documents)
+
+
+# The measures, on records with planted effects
+
+
+def record_of(signal: np.ndarray, tokens: np.ndarray, length: int = 50, surprisal: np.ndarray | None = None) -> Record:
+    """A record of texts of `length` tokens with one signal (tokens, layers[, heads])."""
+    count = len(tokens)
+    text = np.arange(count) // length
+    position = np.arange(count) % length
+    nats = np.random.default_rng(9).exponential(size=count) if surprisal is None else surprisal.copy()
+    nats[position == 0] = np.nan
+    return Record(
+        tokens, text, text, position, nats, np.ones(count, bool), {"gain": signal.astype(np.float32)},
+        {"gain": 1.0}, {"gain": (0.0, 2.0)},
+    )  # fmt: skip
+
+
+def draws(seed: int, texts: int = 60, length: int = 50, words: int = 40) -> tuple[np.random.Generator, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng, rng.integers(0, words, texts * length)
+
+
+def test_variance_divides_as_it_was_made() -> None:
+    rng, tokens = draws(0, texts=100)
+    count = len(tokens)
+    layers, sites = np.array([-0.3, 0.0, 0.3]), np.array([-0.1, 0.1])
+    alike, apart = 0.2 * rng.standard_normal((count, 1, 1)), 0.15 * rng.standard_normal((count, 3, 2))
+    signal = 1 + layers[:, None] + sites + alike + apart
+    record = record_of(signal, tokens)
+    found = specialisation(record, "gain", Resampling(record.unit, 0))
+    assert found is not None
+    parts = {"layers": layers.var(), "sites": sites.var(), "tokens_alike": 0.04, "tokens_apart": 0.15**2}
+    # the mean over six columns of what is apart is alike by chance
+    parts["tokens_alike"] += 0.15**2 / 6
+    parts["tokens_apart"] *= 5 / 6
+    for part, expected in parts.items():
+        share = found["shares"][part]
+        assert share["value"] == pytest.approx(expected / sum(parts.values()), abs=0.015)
+        assert share["low"] <= share["value"] <= share["high"]
+        assert share["high"] - share["low"] < 0.06
+    assert found["shares"]["layers"]["p"] == pytest.approx(0.001)
+    assert sum(found["shares"][part]["value"] for part in parts) == pytest.approx(1)
+
+
+def test_each_stage_explains_what_was_planted() -> None:
+    rng, tokens = draws(1, texts=200)
+    record = record_of(np.zeros((len(tokens), 1)), tokens)
+    of_token, of_position = rng.standard_normal(40), rng.standard_normal(50)
+    seen = np.zeros(len(tokens))
+    for text in range(200):
+        part = slice(text * 50, text * 50 + 50)
+        seen[part] = np.log1p(np.cumsum(tokens[part] < 4)) - np.log1p(np.arange(1, 51) / 10)
+    before = np.roll(tokens, 1)
+    parts = [
+        of_token[tokens],
+        of_position[record.position],
+        4 * seen,
+        np.random.default_rng(2).standard_normal(40)[before],
+    ]
+    parts = [part / part.std() for part in parts]
+    record = replace(record, signals={"gain": (1 + 0.1 * sum(parts))[:, None].astype(np.float32)})
+    found = explained_by_tokens(record, Resampling(record.unit, 0))["gain"]
+    for stage in ("identity", "position", "bag"):
+        # a bag that is planted through its count follows the position too, so shares may pass between neighbours
+        assert found[stage]["value"] == pytest.approx(0.25, abs=0.08)
+        assert found[stage]["p"] == pytest.approx(0.001)
+    assert found["unexplained"]["value"] == pytest.approx(0.25, abs=0.06)
+    assert found["unexplained"]["low"] < found["unexplained"]["value"] < found["unexplained"]["high"]
+
+
+def test_noise_is_explained_by_nothing() -> None:
+    rng, tokens = draws(3)
+    record = record_of(1 + 0.1 * rng.standard_normal((len(tokens), 3)), tokens)
+    found = explained_by_tokens(record, Resampling(record.unit, 0))["gain"]
+    assert found["unexplained"]["value"] == pytest.approx(1, abs=0.02)
+    assert all(found[stage]["p"] > 0.01 for stage in ("identity", "position", "bag"))
+
+
+def test_a_planted_reaction_is_found_where_it_was_planted() -> None:
+    rng, tokens = draws(4, texts=100)
+    surprisal = rng.exponential(size=len(tokens))
+    steps = 0.05 * rng.standard_normal((len(tokens), 2))
+    high = surprisal >= np.quantile(surprisal, 0.9)
+    after = np.roll(high, 1)
+    signal = 1 + steps + 0.1 * after[:, None] * rng.choice((-1, 1), len(tokens))[:, None]
+    record = record_of(signal, tokens, surprisal=surprisal)
+    study = reactivity(record, None, Resampling(record.unit, 0))["surprise"]
+    found = study["signals"]["gain"]
+    # the token after the event moves away, and the one after that back again
+    assert sorted(np.argsort(found["difference"])[-2:]) == [REACH + 1, REACH + 2]
+    assert found["low"][REACH + 1] > 0.2
+    assert all(abs(found["difference"][place]) < 0.12 for place in range(REACH))
+
+    signal = 1 + steps + 0.1 * high[:, None] * rng.choice((-1, 1), len(tokens))[:, None]
+    record = record_of(signal, tokens, surprisal=surprisal)
+    for kind in ("surprise", "surprise_same_token"):
+        found = reactivity(record, None, Resampling(record.unit, 0))[kind]["signals"]["gain"]
+        assert found["at_event"]["p"] == pytest.approx(0.001)
+        assert found["at_event"]["low"] > 0.2
+        assert found["ratio"] > 1.3
+
+
+def test_a_reaction_to_frequency_is_none_to_surprise_once_tokens_are_matched() -> None:
+    """Rare tokens are surprising and move the signal; against the same token nothing is left."""
+    rng, _ = draws(5)
+    tokens = np.minimum(rng.geometric(0.15, 5000), 40)
+    surprisal = 0.3 * tokens + rng.exponential(size=5000)
+    signal = 1 + (0.02 * tokens + 0.05 * rng.standard_normal(5000))[:, None]
+    record = record_of(signal, tokens, surprisal=surprisal)
+    study = reactivity(record, None, Resampling(record.unit, 0))["surprise_same_token"]
+    assert study["signals"]["gain"]["at_event"]["p"] > 0.01
+
+
+def test_p_values_are_uniform_where_there_is_nothing() -> None:
+    reactions, flips, layers = [], [], []
+    for seed in range(60):
+        rng, tokens = draws(seed, texts=24, length=30)
+        record = record_of(1 + 0.1 * rng.standard_normal((len(tokens), 3)), tokens, length=30)
+        resampling = Resampling(record.unit, seed)
+        events = rng.random(len(tokens)) < 0.15
+        movement = {"gain": np.abs(rng.standard_normal(len(tokens)))}
+        study = event_study(record, movement, events, ~events, tokens % 3, resampling)
+        assert study is not None
+        reactions.append(study["signals"]["gain"]["at_event"]["p"])
+        flips.append(resampling.sign_flips(rng.standard_normal(24)))
+        found = specialisation(record, "gain", resampling)
+        assert found is not None
+        layers.append(found["shares"]["layers"]["p"])
+    for values in (reactions, flips, layers):
+        ranks = np.sort(values)
+        distance = np.abs(ranks - (np.arange(60) + 0.5) / 60).max()  # Kolmogorov and Smirnov's; 0.21 is the 1 % point
+        assert distance < 0.21
+
+
+def test_contrast_words_are_found_as_words() -> None:
+    tokenizer = Tokenizer.load("gpt2")
+    text = "But he had butter. The butler saw it, but then, suddenly, it fell. However"
+    ids = np.array([50256, *tokenizer.encode(text)])
+    record = record_of(np.zeros((len(ids), 1)), ids, length=len(ids))
+    hits = word_ends(record, tokenizer, ("but", "suddenly", "however"))
+    assert [label.strip() for label in tokenizer.token_labels(ids[hits].tolist())] == [
+        "But",
+        "but",
+        "suddenly",
+        "However",
+    ]
+
+
+def test_collapse_shows_in_rank_saturation_and_closed_gates() -> None:
+    rng, tokens = draws(6)
+    knob = rng.standard_normal((len(tokens), 1))
+    one = record_of(1 + 0.1 * knob * np.array([1, 2, 3, 4]), tokens)
+    free = record_of(1 + 0.1 * rng.standard_normal((len(tokens), 4)), tokens)
+    stuck = record_of(np.where(rng.random((len(tokens), 4)) < 0.3, 0.001, 1.0), tokens)
+    found = [homeostasis(record, Resampling(record.unit, 0))["signals"]["gain"] for record in (one, free, stuck)]
+    assert found[0]["effective_rank"]["value"] == pytest.approx(1, abs=1e-3)
+    assert found[1]["effective_rank"]["value"] == pytest.approx(4, abs=0.05)
+    assert found[1]["saturation"]["value"] == 0
+    assert found[2]["saturation"]["value"] == pytest.approx(0.3, abs=0.02)
+    assert found[2]["saturation"]["low"] < 0.3 < found[2]["saturation"]["high"]
+    gates = replace(
+        stuck, signals={"ffn_gate": stuck.signals["gain"]}, neutral={"ffn_gate": 1.0}, bounds={"ffn_gate": (0.0, 1.05)}
+    )
+    closed = homeostasis(gates, Resampling(gates.unit, 0))["closed"]
+    assert [closed[limit][0]["value"] for limit in ("0.5", "0.1", "0.01")] == pytest.approx([0.3] * 3, abs=0.03)
+
+
+def test_the_bootstrap_interval_has_its_coverage() -> None:
+    hits = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        values, counts = 1 + rng.standard_normal(40), np.ones(40)
+        found = Resampling(np.arange(40), seed).ratio(values, counts)
+        hits += found.low <= 1 <= found.high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+# What words say
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data: Path) -> Tokenizer:
+    return TokenDataset.open(data).tokenizer()
+
+
+@pytest.fixture(scope="module")
+def corpus(data: Path) -> TokenDataset:
+    folder = data.with_name("diagnosed")
+    return prepare_text(folder, stories(20_000, 70_000), tokenizer=str(data))
+
+
+def english(make: str, tokenizer: Tokenizer) -> ModulatedTransformer:
+    """A controller over English tokens: "order" sees the last four tokens, "token" the newest one only."""
+    controller = {"width": 8, "hidden": 16, "pooling_heads": 2, "phasic_kernel": 4 if make == "order" else 1}
+    config = MODEL | {"context_length": 96, "controller": controller, "separator_id": tokenizer.separator_id}
+    model = ModulatedTransformer(NCNConfig.parse(config))
+    (network,) = networks(model)
+    if make == "token":
+        with torch.no_grad():
+            network.read.weight[network.pools : network.pools + network.width] = 0
+    return model
+
+
+@pytest.fixture(scope="module")
+def both(corpus: TokenDataset, tokenizer: Tokenizer) -> dict[str, ncn.Diagnosis]:
+    torch.manual_seed(0)
+    return {
+        make: ncn.diagnose(english(make, tokenizer), corpus, tokenizer, max_tokens=4000, name=make)
+        for make in ("order", "token")
+    }
+
+
+def test_the_order_of_words_is_told_apart_only_by_who_sees_it(both: dict[str, ncn.Diagnosis]) -> None:
+    for make, found in both.items():
+        order = found.results["word_order"]
+        assert order["pairs"] >= 30
+        assert {signal["separated"] for signal in order["signals"].values()} == {make == "order"}
+    # the same token at the same place: whoever sees one token only sees no difference at all
+    assert all(signal["last"]["value"] < 1e-4 for signal in both["token"].results["word_order"]["signals"].values())
+    assert [both[make].results["verdict"]["kind"] for make in both] == ["context", "token"]
+
+
+def test_the_plot_twist_is_scanned_token_by_token(both: dict[str, ncn.Diagnosis], tokenizer: Tokenizer) -> None:
+    found = both["order"]
+    assert found.scan is not None
+    assert "".join(found.scan.tokens) == "Timmy wanted an apple. He looked in the box, but it was empty."
+    expected = ncn.scan(english_again := english("order", tokenizer), tokenizer, found.scan.text)
+    assert expected.tokens == found.scan.tokens
+    assert english_again.config.controller is not None
+    assert found.scan.bounds == expected.bounds
+
+
+def test_what_is_saved_is_a_page_with_all_its_figures(both: dict[str, ncn.Diagnosis], tmp_path: Path) -> None:
+    metrics = [
+        {"step": step, "tokens": 100 * step, "signals": {"gain": {"mean": 1.0, "spread": 0.1, "saturation": 0.0}}}
+        for step in (1, 2, 3)
+    ]
+    found = both["order"]
+    found.results["training"] = ncn.diagnosis.balance.over_training(metrics)  # type: ignore[attr-defined]
+    page, html, numbers = found.save(tmp_path / "deep" / "folder")
+    assert json.loads(numbers.read_text()) == found.results
+    text = page.read_text()
+    pictures = {line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}
+    assert pictures == {path.name for path in page.parent.glob("*.png")}
+    assert {"causal_value.png", "reactivity.png", "training.png", "plot_twist.png", "word_order.png"} <= pictures
+    for name in pictures:
+        with Image.open(page.parent / name) as picture:
+            assert picture.width >= 1000
+    assert text.count("data:image") == 0
+    assert html.read_text().count("data:image/png") == len(pictures)
+    assert found.verdict[0] in text
+    assert "nan" not in text.lower().replace("finan", "")
+
+
+def test_a_controller_with_nothing_to_show_still_has_a_page(documents: list[list[int]], tmp_path: Path) -> None:
+    for number, model in enumerate((frozen_at_neutral(), constant())):
+        page, *_ = ncn.diagnose(model, documents).save(tmp_path / str(number))
+        text = page.read_text()
+        assert "No signal varies" in text or "do not vary at all" in text
+        assert "nan" not in text
+
+
+def test_the_same_seed_gives_the_same_numbers(documents: Sequence[list[int]]) -> None:
+    model = reads_the_context()
+    one, other = (ncn.diagnose(model, documents, max_tokens=1500).results for _ in range(2))
+    assert one == other
