@@ -13,7 +13,7 @@ from ncn.experiments.results import Arm, Experiment, Points
 from ncn.experiments.statistics import (
     LEVEL,
     MEASURES,
-    DocumentLosses,
+    ResampledLosses,
     holm,
     intervals,
     smallest_detectable_effect,
@@ -69,7 +69,7 @@ def compare(experiment: Experiment) -> dict[str, Any]:
     """
     keys = [key for key, run in experiment.runs.items() if run.state == "finished"]
     nats = np.stack([nats for key in keys if (nats := experiment.runs[key].nats) is not None])
-    losses = DocumentLosses(nats, experiment.text_bytes, experiment.tokens)
+    losses = ResampledLosses(nats, experiment.text_bytes, experiment.tokens)
     place = {key: index for index, key in enumerate(keys)}
 
     def pair(arm: Arm, other: Arm) -> dict[str, Any] | None:
@@ -110,7 +110,7 @@ def common_seeds(experiment: Experiment, *arms: Arm) -> list[int]:
     return [seed for seed in experiment.seeds if all(seed in experiment.finished(arm.name) for arm in arms)]
 
 
-def _levels(losses: DocumentLosses, place: Mapping[tuple[str, int], int]) -> dict[str, Any]:
+def _levels(losses: ResampledLosses, place: Mapping[tuple[str, int], int]) -> dict[str, Any]:
     """Each arm's own results, by measure: mean, and standard deviation over seeds."""
     levels: dict[str, Any] = {}
     for arm in dict.fromkeys(name for name, _ in place):
@@ -217,6 +217,8 @@ def verdict(experiment: Experiment, summary: Mapping[str, Any]) -> tuple[str, st
     its interval excludes zero against every control, a demand that needs no correction, and worse only where the
     corrected p-value against the best is below 5 %.
     """
+    if not (experiment.ncn and experiment.controls):
+        return "unfinished", "NCN was not compared with a control: this experiment does not have both."
     if not summary["controls"]:
         return "unfinished", "NCN cannot be compared yet: it needs a finished run, and a control one of the same seed."
     rows = {row["other"]: row for row in summary["controls"]}
@@ -251,7 +253,7 @@ def verdict(experiment: Experiment, summary: Mapping[str, Any]) -> tuple[str, st
 
 
 def _describe(experiment: Experiment, arm: Arm) -> dict[str, Any]:
-    tuning = experiment.tuning.get(arm.name)
+    tuning = experiment.tuning_of(arm)
     states = [experiment.runs[arm.name, seed].state for seed in experiment.seeds]
     return {
         "label": arm.label,

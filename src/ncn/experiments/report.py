@@ -11,8 +11,11 @@ from typing import Any
 from ncn.errors import UserError
 from ncn.experiments.comparisons import missing, summarise
 from ncn.experiments.results import Experiment
+from ncn.experiments.statistics import MEASURES
 from ncn.page import table, write_page
 from ncn.runs import write_json
+
+NBSP = "\N{NO-BREAK SPACE}"  # keeps a number and its interval on one line of a narrow cell
 
 FAMILIES = {
     "controls": "NCN against the controls",
@@ -70,8 +73,8 @@ def warnings(experiment: Experiment, summary: Mapping[str, Any]) -> list[str]:
                 "a better one may lie beyond it."
             )
     found += [
-        f"The A/A pair, which differs by chance alone, differs by {_interval(row['bits_per_byte'])} bits per byte. That "
-        "happens once in twenty experiments; otherwise the noise is larger than it seems here."
+        f"The A/A pair, which differs by chance alone, differs by {_interval(row['bits_per_byte'])} bits per byte. "
+        "That happens once in twenty experiments; otherwise the noise is larger than it seems here."
         for row in summary["again"]
         if row["p"] is not None and row["p"] < 0.05
     ]
@@ -146,7 +149,10 @@ def _arms_section(experiment: Experiment, summary: Mapping[str, Any]) -> str:
     rows = []
     for name, arm in summary["arms"].items():
         level = summary["levels"].get(name)
-        results = [_level(level[measure], 4 if measure != "perplexity" else 3) for measure in level] if level else []
+        results = ["–"] * 3
+        if level:
+            nats, perplexity = (level[measure]["mean"] for measure in MEASURES[1:])
+            results = [_level(level["bits_per_byte"]), f"{nats:.4f}", f"{perplexity:.3f}"]
         speed = arm["seconds_per_step"]
         rows.append([
             arm["label"],
@@ -155,13 +161,13 @@ def _arms_section(experiment: Experiment, summary: Mapping[str, Any]) -> str:
             f"{1000 * speed:.1f}" if speed else "–",
             f"{arm['best_rate']:g}" if arm["best_rate"] else "–",
             str(len(arm["finished"])),
-            *(results or ["–"] * 3),
+            *results,
         ])  # fmt: skip
     header = ["arm", "parameters", "MFLOPs a token", "ms a step", "rate", "seeds", "bits per byte", "nats per token",
               "perplexity"]  # fmt: skip
     return (
         "## The arms\n\n"
-        "Results are means over the seeds ± the standard deviation from seed to seed, on the whole validation text. "
+        "Results are means over the seeds (± their standard deviation from seed to seed) on the whole validation text. "
         "FLOPs are of a forward pass; the learning rate is a multiple of the recipe's own.\n\n" + table(header, rows)
     )
 
@@ -176,7 +182,8 @@ def _differences_section(experiment: Experiment, summary: Mapping[str, Any], fig
         if alone
         else "A difference below zero means that the first of the two is better. Intervals are 95 % intervals from a "
         "hierarchical bootstrap: validation documents are drawn with replacement, in common for all runs, and the "
-        "seeds, which are too few for that, are given the spread of Student's distribution. The corrected p-value "
+        "seeds, which are too few for that, are given the spread of Student's distribution; after ± stands half the "
+        "width of an interval. The corrected p-value "
         "(Holm) may be compared with 0.05 although several arms are tested; it is corrected within each group of the "
         "figure."
     )
@@ -224,11 +231,6 @@ def _curves_section(experiment: Experiment, summary: Mapping[str, Any], figures:
     if "curves" not in figures:
         return ""
     parts = ["## Learning curves", f"![Validation loss by tokens seen]({figures['curves']})"]
-    if experiment.validated_in_part:
-        parts.append(
-            "During training the models are validated on the first part of the text only, so that the curves end before"
-            " the last step, whose validation is of the whole text."
-        )
     rows = [
         [f"NCN against {experiment.arms[name].label}", _percent(saved), _p(saved["p"])]
         for name, saved in summary["tokens_saved"].items()
@@ -322,8 +324,8 @@ def _interval(estimate: Mapping[str, Any], digits: int = 4, *, short: bool = Fal
     if estimate["low"] is None:
         return mean
     if short:
-        return f"{mean} ± {(estimate['high'] - estimate['low']) / 2:.{digits}f}"
-    return f"{mean} ({_number(estimate['low'], digits)}, {_number(estimate['high'], digits)})"
+        return f"{mean}{NBSP}±{NBSP}{(estimate['high'] - estimate['low']) / 2:.{digits}f}"
+    return f"{mean}{NBSP}({_number(estimate['low'], digits)},{NBSP}{_number(estimate['high'], digits)})"
 
 
 def _number(value: float, digits: int) -> str:
@@ -332,12 +334,12 @@ def _number(value: float, digits: int) -> str:
 
 def _percent(estimate: Mapping[str, Any]) -> str:
     scaled = {key: None if estimate[key] is None else 100 * estimate[key] for key in ("mean", "low", "high")}
-    return _interval(scaled, 1, short=True) + " %"
+    return _interval(scaled, 1, short=True) + f"{NBSP}%"
 
 
-def _level(level: Mapping[str, Any], digits: int) -> str:
-    return f"{level['mean']:.{digits}f}" + (f" ± {level['sd']:.{digits}f}" if level["sd"] is not None else "")
+def _level(level: Mapping[str, Any], digits: int = 4) -> str:
+    return f"{level['mean']:.{digits}f}" + (f"{NBSP}±{NBSP}{level['sd']:.{digits}f}" if level["sd"] is not None else "")
 
 
 def _p(value: float | None) -> str:
-    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+    return "–" if value is None else f"<{NBSP}0.001" if value < 0.001 else f"{value:.3f}"

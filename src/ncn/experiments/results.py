@@ -17,6 +17,9 @@ from ncn.errors import UserError
 from ncn.runs import RunFolder, read_json
 
 FORMAT = 1
+EVALUATION_BATCH = 16
+"""Sequences in a batch of `ncn.evaluate.evaluate`, which stops at the end of one."""
+
 _FACTS = ("arms", "seeds", "data", "preset", "tokens_per_run", "steps", "environment", "command")
 _ARM_FACTS = ("label", "role", "recipe", "parameters", "flops_per_token", "seconds_per_step")
 
@@ -123,6 +126,11 @@ class Experiment:
     def with_role(self, *roles: str) -> list[Arm]:
         return [arm for arm in self.arms.values() if arm.role in roles]
 
+    def tuning_of(self, arm: Arm) -> Tuning | None:
+        """The sweep that gave the arm its learning rate; the A/A twin takes the baseline's."""
+        tuned = next((other.name for other in self.with_role("baseline")), "") if arm.role == "again" else arm.name
+        return self.tuning.get(arm.name) or self.tuning.get(tuned)
+
     @property
     def ncn(self) -> Arm | None:
         return next(iter(self.with_role("ncn")), None)
@@ -145,23 +153,34 @@ class Experiment:
     def curves(self) -> dict[tuple[str, int], Points]:
         """The validation losses of each finished run, in the order of training, all on the same text.
 
-        While it trains, a run may be validated on the first part of the text only. Its last point, which is of the
-        whole text, is then no continuation of the others and is left out.
+        While it trains, a run may be validated on the first part of the text only. Its last validation is of all of
+        it, and is taken here from the documents of that first part.
         """
         found = {}
         for key, run in self.runs.items():
-            if run.state == "finished":
+            if run.nats is not None:
                 lines = [line for line in RunFolder(run.folder).metrics() if "validation_loss" in line]
                 points = np.array([(line["tokens"], line["validation_loss"]) for line in lines], float).reshape(-1, 2)
-                found[key] = points[:-1] if self.validated_in_part else points
+                part = self._validated_tokens(self.arms[run.arm].recipe)
+                if len(points) and part < self.tokens.sum():
+                    points[-1, 1] = _loss_of_first(part, run.nats, self.tokens)
+                found[key] = points
         return found
 
-    @cached_property
-    def validated_in_part(self) -> bool:
-        """Whether the validations during training are on a part of the validation text."""
-        whole = int(self.facts["data"]["validation_tokens"])
-        parts = [int(arm.recipe.get("train", {}).get("eval_tokens", whole)) for arm in self.arms.values()]
-        return min(parts, default=whole) < whole - 1  # the first token of a text is no target
+    def _validated_tokens(self, recipe: dict[str, Any]) -> int:
+        """How many tokens a validation during training covers: the wanted ones, rounded up to whole batches."""
+        model, train = recipe.get("model", {}), recipe.get("train", {})
+        context = train.get("context") or model.get("context_length")
+        if not context or "eval_tokens" not in train:
+            return int(self.tokens.sum())
+        batch = int(context) * EVALUATION_BATCH
+        return -(-int(train["eval_tokens"]) // batch) * batch
+
+
+def _loss_of_first(count: int, nats: NDArray[np.float64], tokens: NDArray[np.int64]) -> float:
+    """Nats per token over the first `count` tokens of a text, the last of its documents in part."""
+    share = np.clip((count - (np.cumsum(tokens) - tokens)) / tokens, 0, 1)
+    return float(share @ nats / (share @ tokens))
 
 
 def _require(facts: Any, keys: Iterable[str], folder: Path) -> None:

@@ -56,7 +56,7 @@ class Intervals:
     p: Array
 
 
-class DocumentLosses:
+class ResampledLosses:
     """The losses of runs on the same documents, in every measure, and what they would be on other such documents.
 
     Args:

@@ -50,7 +50,7 @@ def differences(rows: Sequence[Difference], path: str | Path) -> None:
                 at += 1
                 places.append((at, row))
         at += 1.3
-    figure = Figure(figsize=(7.6, 0.9 + 0.3 * at), dpi=160, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(7.6, 0.9 + 0.33 * at), dpi=160, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _plain(axes)
@@ -59,9 +59,8 @@ def differences(rows: Sequence[Difference], path: str | Path) -> None:
     reach = _reach(rows)
     for y, row in places:
         colour = LINES[families.index(row.family)]
-        axes.scatter(
-            row.per_seed, np.full(len(row.per_seed), y), s=14, color=colour, alpha=0.35, linewidths=0, zorder=2
-        )
+        below = np.full(len(row.per_seed), y + 0.3)  # the axis points down
+        axes.scatter(row.per_seed, below, s=11, color=colour, alpha=0.5, linewidths=0, zorder=2)
         if row.low is not None and row.high is not None:
             axes.plot([row.low, row.high], [y, y], color=colour, linewidth=2, solid_capstyle="butt", zorder=3)
         axes.scatter([row.mean], [y], s=34, color=colour, edgecolors="white", linewidths=0.8, zorder=4)
@@ -69,7 +68,8 @@ def differences(rows: Sequence[Difference], path: str | Path) -> None:
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     for y, family in headings:
         axes.annotate(family, (0, y), (4, 0), ("axes fraction", "data"), "offset points", va="center", size=8.5,
-                      color=FAINT, weight="bold")  # fmt: skip
+                      color=FAINT, weight="bold",
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip
     axes.set(ylim=(at - 0.6, -0.7), xlim=(-reach, reach))
     axes.set_xlabel("difference in bits per byte (◂ the first is better · the second is better ▸)", size=9)
     axes.set_title("Paired differences: each seed, mean, and 95 % interval", loc="left", weight="bold", size=11)
@@ -171,13 +171,13 @@ def rate_sweep(sweeps: Mapping[str, Mapping[float, float | None]], path: str | P
         if points:
             rate, loss = min(points, key=lambda point: point[1])
             axes.plot([rate], [loss], "o", color=LINES[1], markersize=6, zorder=3)
-            axes.annotate(f"{loss:.3f}", (rate, loss), (0, 8), textcoords="offset points", ha="center", size=8,
-                          color=LINES[1], weight="bold")  # fmt: skip
+            axes.annotate(f"{loss:.3f}", (rate, loss), (0, -7), textcoords="offset points", ha="center", va="top",
+                          size=8, color=LINES[1], weight="bold")  # fmt: skip
         lost = [rate for rate, loss in losses.items() if loss is None]
         if lost:  # an empty line that is not clipped would upset the layout
             axes.plot(lost, [high + margin] * len(lost), "x", color=INK, markersize=6, clip_on=False)
         axes.set_title(drawable(label), loc="left", size=9, parse_math=False)
-        axes.set(xscale="log", ylim=(low - margin, high + 2 * margin))
+        axes.set(xscale="log", ylim=(low - 2.2 * margin, high + 2 * margin), xlim=(rates[0] / 1.35, rates[-1] * 1.35))
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.xaxis.set_minor_locator(NullLocator())
     for axes in grid.flat[len(sweeps) :]:
@@ -185,9 +185,12 @@ def rate_sweep(sweeps: Mapping[str, Mapping[float, float | None]], path: str | P
     for column in range(columns):
         last = max(row for row in range(rows) if row * columns + column < len(sweeps))
         grid[last, column].tick_params(labelbottom=True)
-    figure.suptitle("Loss on the tuning split by learning rate (1 is the recipe's own)", x=0.01, ha="left",
-                    weight="bold", size=11)  # fmt: skip
-    figure.supylabel("nats per token", size=9)
+    for row in range(rows):
+        grid[row, 0].set_ylabel("nats per token", size=9)
+    lost_somewhere = any(loss is None for losses in sweeps.values() for loss in losses.values())
+    title = "Loss on the tuning split by learning rate, as a multiple of the recipe's"
+    title += " (× diverged)" if lost_somewhere else ""
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", size=11)
     write(figure, path)
 
 
