@@ -14,6 +14,7 @@ from ncn.errors import UserError
 from ncn.page import table, write_page
 from ncn.runs import disk_problem_in_one_line, write_json
 
+_CLEAR = 0.01  # p-values up to here are spoken of as findings
 _EVENTS = {
     "surprise": "surprising tokens",
     "surprise_same_token": "surprising tokens, against the same token where it was expected",
@@ -118,7 +119,13 @@ def _variance(results: Mapping[str, Any]) -> str:
     if not located:
         return "## Where the variance lies\n\nThe signals do not vary at all: not over tokens, layers or heads."
     rows = [
-        [name, *(_percent(found["shares"][part]) for part in ("layers", "sites", "tokens_alike", "tokens_apart"))]
+        [
+            name,
+            *(
+                _percent(found["shares"][part], digits=1)
+                for part in ("layers", "sites", "tokens_alike", "tokens_apart")
+            ),
+        ]
         for name, found in located.items()
     ]
     for row, found in zip(rows, located.values(), strict=True):
@@ -137,7 +144,7 @@ different means, each its own job (p: that all layers have the same mean). *Betw
         return f"{text}\n\nNo signal varies over tokens, so there is nothing for the text to explain.\n\n{picture}"
     stages = ("identity", "position", "bag", "unexplained")
     rows = [
-        [_name(name, results), *(_percent(found[stage]) + _p(found[stage]) for stage in stages)]
+        [_name(name, results), *(_percent(found[stage], digits=1) + _p(found[stage]) for stage in stages)]
         for name, found in explained.items()
     ]
     return f"""{text}
@@ -179,7 +186,22 @@ itself (p: that events and controls move alike); the figure shows four tokens be
         )
     note = f"\n\nToo few events have a control: {'; '.join(missing)}." if missing else ""
     header = ["event (number): signal", "movement beyond the controls'", "as a ratio", "p"]
-    return f"{text}\n\n{table(header, rows)}\n![Movement around events](reactivity.png){note}"
+    found = " ".join(_reaction(kind, study) for kind, study in results["reactivity"].items() if study)
+    return f"{text}\n\n{found}\n\n{table(header, rows)}\n![Movement around events](reactivity.png){note}"
+
+
+def _reaction(kind: str, study: Mapping[str, Any]) -> str:
+    """One sentence on what moves at the events of a kind."""
+    clear = {name: one for name, one in study["signals"].items() if one["at_event"]["p"] <= _CLEAR and one["ratio"]}
+    parts = [
+        f"{name} moved {abs(one['ratio'] - 1):.0%}".replace("%", " %") + (" more" if one["ratio"] > 1 else " less")
+        for name, one in clear.items()
+    ]
+    rest = [name for name in study["signals"] if name not in clear]
+    if not parts:
+        return f"At {_EVENTS[kind]} no signal moved clearly more or less than at the controls."
+    quiet = f", and {', '.join(rest)} no differently" if rest else ""
+    return f"At {_EVENTS[kind]}, compared with the controls, {', '.join(parts)}{quiet}."
 
 
 def _homeostasis(results: Mapping[str, Any]) -> str:
@@ -227,10 +249,23 @@ heads move over tokens: 1 is a single knob for all of them.
 def _training(results: Mapping[str, Any]) -> str:
     last = {name: values["spread"][-1] for name, values in results["training"]["signals"].items()}
     ends = ", ".join(f"{name} {value:.3f}" for name, value in last.items())
+    course = results["training"]
+    highest = {name: max(values["saturation"]) for name, values in course["signals"].items()}
+    name = max(highest, key=lambda each: highest[each])
+    when = course["tokens"][course["signals"][name]["saturation"].index(highest[name])]
+    bound = (
+        (
+            f"{name} came closest to its bounds: {highest[name]:.0%} of its values in one layer, after {when:,} tokens."
+            if highest[name] > 0.01
+            else "No signal ever sat at a bound for more than 1 % of its values."
+        )
+        .replace("%", " %")
+        .replace("  %", " %")
+    )
     return f"""## Over training
 
 From the run's own log. A collapsed controller shows as a spread that falls to zero, or as a saturation that rises.
-Spread at the end of training: {ends}.
+Spread at the end of training: {ends}. {bound}
 
 ![The signals over training](training.png)"""
 
@@ -259,7 +294,7 @@ prediction could ever explain of the variation over tokens.
         return text
     rows = [
         [
-            "all" if name == "all" else name,
+            "all signals" if name == "all" else name,
             _number(one["same_words"], ".2f"),
             _number(one["same_frame"], ".2f"),
             _percent(one["words"]) + _p(one["words"]),
@@ -267,12 +302,15 @@ prediction could ever explain of the variation over tokens.
         ]
         for name, one in tasks["signals"].items()
     ]
+    whole = tasks["signals"].get("all") or next(iter(tasks["signals"].values()))
+    ratio = whole["same_words"]["value"] / max(whole["same_frame"]["value"], 1e-9)
     header = ["signal", "same words, other task", "other words, same task", "share of words", "share of task"]
     return f"""{text}
 
 The same keywords in another task: {tasks["keywords"]} sets of three nouns were put into a story, a question, a list
 and an order. Each text is a point, its signals' means over its tokens; distances are in standard deviations. A
 stereotyping controller would answer to the words and hardly to the task; intervals are over the sets of keywords.
+Another task with the same words moves the signals {ratio:.1f} times as far as other words in the same task.
 
 {table(header, rows)}"""
 

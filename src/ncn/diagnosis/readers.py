@@ -67,7 +67,7 @@ class ModelReader:
             )
         self.model = model
         self.kind = {
-            "ncn": "a controller that reads the text",
+            "ncn": "a controller, a small network beside the model",
             "local": "local gates: every layer reads its signals from its own input",
             "static": "static gates: learned constants, the same for every token",
         }[controller.kind]

@@ -119,11 +119,13 @@ def _worth(cost: Mapping[str, Any]) -> str:
             "It is decoration all the same: freezing all signals at neutral, or at their means, changes the loss by "
             f"{_nats(still)} and {_nats(moving)}."
         )
-    if moving["low"] <= NEGLIGIBLE_NATS:
-        return (
-            f"The model does not need the movement: frozen at the mean of every layer and head the loss changes by "
-            f"{_nats(moving)}, and at neutral by {_nats(still)}. Constants would do as well."
-        )
+    held = f"frozen at the mean of every layer and head, the loss changes by {_nats(moving)}; at neutral, by {_nats(still)}."
+    if _costs_nothing(moving):
+        return f"The model does not need the movement, and constants would do as well: {held}"
+    if moving["high"] < 0:
+        return f"The movement does harm: {held}"
+    if moving["low"] <= 0:
+        return f"No cost of holding the signals still was found, nor is a small one excluded: {held}"
     return (
         f"The model needs it: freezing all signals at the mean of every layer and head, so that they no longer depend "
         f"on the token, raises the loss by {_nats(moving)}; at neutral, by {_nats(still)}."
@@ -166,7 +168,7 @@ def _percent(share: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value if abs(value) >= 5e-5 else 0.0:+.4f}".replace("-", "−")
+    return f"{value:+.4f}".replace("-", "−") if abs(value) >= 5e-5 else "0.0000"
 
 
 def _nats(cost: Mapping[str, Any]) -> str:
