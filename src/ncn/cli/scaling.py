@@ -82,8 +82,8 @@ def scale(
     if plan:
         if min(teraflops, utilisation, memory, days) <= 0 or utilisation > 1:
             raise UserError("--teraflops, --memory and --days must be above 0, and --utilisation between 0 and 1")
-        _print_plan(config or preset or "mini", settings or [], sizes, tokens, seeds,
-                    {"teraflops": teraflops, "utilisation": utilisation, "memory_gb": memory, "days": days})  # fmt: skip
+        device = {"teraflops": teraflops, "utilisation": utilisation, "memory_gb": memory, "days": days}
+        _print_plan(config or preset or "mini", settings or [], sizes, tokens, seeds, device)
         return
     if out is None:
         raise UserError("name the folder of the ladder with --out; or see what it would cost with --plan")

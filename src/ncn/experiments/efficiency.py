@@ -316,7 +316,7 @@ def _pair_row(pair: Mapping[str, Any]) -> list[str]:
     return [*row, f"not reached, nor by its power law in {FARTHEST:g} times its tokens", "–"]
 
 
-def amount(count: float) -> str:
+def amount(count: int | float) -> str:
     """A number of tokens in thousands, millions or billions."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= size:

@@ -34,8 +34,8 @@ class Interval:
         high = np.quantile(draws, 1 - tail, method="higher")
         return cls(float(value), float(low), float(high))
 
-    def contains(self, value: float) -> bool:
-        return self.low <= value <= self.high
+    def contains(self, value: int | float) -> bool:
+        return bool(self.low <= value <= self.high)
 
     def as_dict(self) -> dict[str, float | None]:
         """For JSON, where an infinite number is null."""

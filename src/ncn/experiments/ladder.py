@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ncn.config import ControllerConfig, NCNConfig, Recipe
@@ -42,6 +43,7 @@ class Counts:
     training_flops: float
 
     @classmethod
+    @lru_cache(maxsize=256)
     def of(cls, config: NCNConfig) -> Counts:
         found = costs(config)
         total = found.total_parameters
@@ -125,10 +127,10 @@ class Device:
     """What the plan of the full ladder reckons with; by default one H100 with 80 GB."""
 
     name: str = "an H100"
-    teraflops: float = 989.0
-    utilisation: float = 0.4
-    memory_gb: float = 80.0
-    days: float = 14.0
+    teraflops: int | float = 989.0
+    utilisation: int | float = 0.4
+    memory_gb: int | float = 80.0
+    days: int | float = 14.0
 
     @property
     def flops_per_hour(self) -> float:
@@ -228,7 +230,7 @@ def describe_full_plan(plan: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def short(count: float) -> str:
+def short(count: int | float) -> str:
     """A number in thousands, millions or billions: 250k, 1.5M, 2B."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= 0.9995 * size:

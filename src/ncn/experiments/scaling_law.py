@@ -39,8 +39,8 @@ class Point(NamedTuple):
 
     arm: str
     size: str
-    parameters: float
-    tokens: float
+    parameters: int | float
+    tokens: int | float
     loss: float
     seed: int = 1
 
@@ -121,12 +121,12 @@ class ScalingFit:
             for name, i in place.items()
         }
 
-    def predict(self, arm: str, parameters: float, tokens: float) -> Interval:
+    def predict(self, arm: str, parameters: int | float, tokens: int | float) -> Interval:
         """Loss of `arm` at this size and with these tokens; the interval is that of the fitted curve."""
         return self._interval(self._at(self.best[None], arm, parameters, tokens)[0],
                            self._at(self.draws, arm, parameters, tokens))  # fmt: skip
 
-    def advantage(self, arm: str, parameters: float, tokens: float) -> Interval:
+    def advantage(self, arm: str, parameters: int | float, tokens: int | float) -> Interval:
         """How much lower the loss of `arm` is than the baseline's at the same size and tokens."""
         value, draws = (
             self._at(theta, self.arms[0], parameters, tokens) - self._at(theta, arm, parameters, tokens)
@@ -134,7 +134,7 @@ class ScalingFit:
         )
         return self._interval(value[0], draws)
 
-    def _at(self, theta: Array, arm: str, parameters: float, tokens: float) -> Array:
+    def _at(self, theta: Array, arm: str, parameters: int | float, tokens: int | float) -> Array:
         c_n, c_d = self.problem.centre
         x, z = np.array([np.log(parameters) - c_n]), np.array([np.log(tokens) - c_d])
         result: Array = np.exp(_log_loss(theta, x, z, np.array([self.arms.index(arm)]))[0][:, 0])

@@ -78,7 +78,7 @@ def gap_trend(points: Sequence[Point], arm: str, baseline: str = "baseline") -> 
         raise UserError(f"the gap of {arm} needs at least 3 sizes that were run with the same tokens as {baseline}")
     sizes = sorted(paired, key=parameters.__getitem__)
     gaps = np.array([np.mean([paired[size][key] for key in sorted(common)]) for size in sizes])
-    n = np.array([parameters[size] for size in sizes])
+    n = np.array([parameters[size] for size in sizes], dtype=np.float64)
     x = np.log2(n) - np.log2(n).mean()
     slope = float(x @ gaps / (x @ x))
     freedom = len(x) - 2
@@ -89,7 +89,7 @@ def gap_trend(points: Sequence[Point], arm: str, baseline: str = "baseline") -> 
     return Trend(
         parameters=n,
         gaps=gaps,
-        tokens=tuple(sorted({tokens for tokens, _ in common})),
+        tokens=tuple(sorted({float(tokens) for tokens, _ in common})),
         mean=Interval(mean, mean - around, mean + around),
         slope=Interval(slope, slope - per_doubling, slope + per_doubling),
     )
@@ -113,7 +113,7 @@ def hold_out_largest(points: Sequence[Point], baseline: str = "baseline", draws:
     return {"size": largest, "runs": rows, "mean_absolute_relative_error": float(np.mean(errors))}
 
 
-def compute(parameters: float, tokens: float) -> float:
+def compute(parameters: int | float, tokens: int | float) -> float:
     """Training FLOPs by the usual count, 6 N D, with N counting the output head."""
     return 6 * parameters * tokens
 

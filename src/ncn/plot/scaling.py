@@ -101,8 +101,7 @@ def draw_multipliers(fit: ScalingFit, path: Path) -> None:
     margin = max((high / low) ** 0.12, 1.02)
     axes.set_xlim(low / margin, high * margin)
     axes.xaxis.set_minor_locator(NullLocator())
-    ticks = [tick for tick in (0.01, 0.03, 0.1, 0.2, 0.5, 0.8, 0.9, 1, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100)
-             if low / margin <= tick <= high * margin]  # fmt: skip
+    ticks = [tick for tick in _multiplier_ticks(high / low * margin**2) if low / margin <= tick <= high * margin]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_ylim(len(names) - 0.5, -0.7)
     axes.set_yticks(range(len(names)), [f"{drawable(arm)}\n{meaning[name]}" for name, arm in names])
@@ -155,6 +154,16 @@ def draw_projection(fit: ScalingFit, path: Path) -> None:
                    weight="bold", size=11)  # fmt: skip
     axes.legend(frameon=False, fontsize=8.5, loc="lower left")
     write(figure, path)
+
+
+def _multiplier_ticks(span: float) -> list[float]:
+    """Round numbers around 1 that stand well apart on a logarithmic axis whose ends differ by the factor `span`."""
+    if span > 20:
+        return [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
+    if span > 3:
+        return [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20]
+    step = 0.1 if span > 1.3 else 0.05 if span > 1.15 else 0.01
+    return [round(tick, 2) for tick in np.arange(0.3, 3.01, step)]
 
 
 def _band(axes: Axes, x: Any, said: Sequence[Any], color: str, label: str) -> None:
