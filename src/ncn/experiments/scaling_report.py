@@ -49,9 +49,9 @@ def collect(folders: Sequence[Path]) -> Ends:
                             state = "diverged" if run.finished else "has not finished"
                             missing.append(f"{path.relative_to(folder)} {state}")
                             continue
-                        seen, loss = summary["tokens"], summary["validation_loss"]
-                        points.append(Point(arm, size, counts["working"], seen, loss, seed))
-                        without.append(Point(arm, size, counts["non_embedding"], seen, loss, seed))
+                        seen, loss = float(summary["tokens"]), summary["validation_loss"]
+                        points.append(Point(arm, size, float(counts["working"]), seen, loss, seed))
+                        without.append(Point(arm, size, float(counts["non_embedding"]), seen, loss, seed))
                         flops.append(counts["training_flops"] * seen)
     return Ends(tuple(points), tuple(without), tuple(flops), tuple(missing))
 

@@ -115,7 +115,7 @@ def hold_out_largest(points: Sequence[Point], baseline: str = "baseline", draws:
 
 def compute(parameters: int | float, tokens: int | float) -> float:
     """Training FLOPs by the usual count, 6 N D, with N counting the output head."""
-    return 6 * parameters * tokens
+    return 6.0 * parameters * tokens
 
 
 def project(
