@@ -78,6 +78,7 @@ def make_experiment(
                 "best": best.get(name, "1"),
             }
             for name, effect in effects.items()
+            if LABELS[name][1] != "again"  # the twin takes the baseline's rate
         },
     )
     for seed in seeds:

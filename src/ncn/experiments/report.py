@@ -127,7 +127,8 @@ def _text(experiment: Experiment, summary: Mapping[str, Any], figures: Mapping[s
         parts.append(f"**This report is not final.** {summary['missing']}")
     parts += [f"**Take care:** {warning}" for warning in summary["warnings"]]
     parts.append(
-        f"Every arm is the model of the preset {facts['preset']} with another source of its control signals, or none. "
+        f"Every arm is one model ({facts['preset']}, with the settings of the command at the end) with another source "
+        "of its control signals, or none. "
         f"All were trained on {facts['tokens_per_run']:,} tokens ({facts['steps']:,} steps), each at the learning rate "
         f"that suits it best, with {seeds} {'seed' if seeds == 1 else 'seeds'}. A seed fixes the initial weights that "
         "the arms share and the order of the batches, so differences are taken seed by seed. They are measured on "
@@ -266,8 +267,8 @@ def _cost_section(experiment: Experiment, summary: Mapping[str, Any]) -> str:
         "The same differences where both arms have had the same number of tokens, of floating-point operations, or of "
         "seconds (from the step times in the table of arms): each run is read off its own validation curve where the "
         "cheaper arm's budget ends. This is an approximation. The dearer arm is read before its learning rate has "
-        "fallen to its end, and would do better with a schedule made for the smaller budget; NCN being dearer, the "
-        "numbers err against it. Intervals are over seeds only, on the validations made during training.\n\n"
+        "fallen to its end, and would do better with a schedule made for the smaller budget, so the numbers err "
+        "against the dearer arm. Intervals are over seeds only, on the validations made during training.\n\n"
         + table(header, rows)
     )
 
