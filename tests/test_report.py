@@ -100,15 +100,15 @@ def test_the_largest_difference_not_excluded_is_named(tmp_path: Path) -> None:
 
 
 def test_equal_arms_are_hardly_ever_said_to_differ(tmp_path: Path) -> None:
-    """Of 60 experiments without a difference, with 3 seeds, at most 6 say that there is one (chance: under 1 in 50)."""
+    """Of 30 experiments without a difference, with 3 seeds, at most 4 say that there is one (chance of more: 1 in 60)."""
     said = []
-    for number in range(60):
+    for number in range(30):
         folder = tmp_path / str(number)
         effects = {"baseline": 0.0, "local": 0.0, "ncn": 0.0}
         make_experiment(folder, effects, seeds=(1, 2, 3), documents=20, random_seed=number)
         said.append(summary_of(folder)["verdict"])
     assert set(said) <= {"better", "worse", "no difference"}
-    assert sum(word != "no difference" for word in said) <= 6
+    assert sum(word != "no difference" for word in said) <= 4
 
 
 def test_beating_the_best_control_only_is_not_called_a_victory(tmp_path: Path) -> None:
