@@ -100,7 +100,7 @@ def test_the_largest_difference_not_excluded_is_named(tmp_path: Path) -> None:
 
 
 def test_equal_arms_are_hardly_ever_said_to_differ(tmp_path: Path) -> None:
-    """Of 30 experiments without a difference, with 3 seeds, at most 4 say that there is one (more by chance: 1 in 60)."""
+    """Of 30 experiments without a difference, with 3 seeds, at most 4 say that there is one (chance of more: 2 %)."""
     said = []
     for number in range(30):
         folder = tmp_path / str(number)
