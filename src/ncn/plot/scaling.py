@@ -159,11 +159,11 @@ def draw_projection(fit: ScalingFit, path: Path) -> None:
 def _multiplier_ticks(span: float) -> list[float]:
     """Round numbers around 1 that stand well apart on a logarithmic axis whose ends differ by the factor `span`."""
     if span > 20:
-        return [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]
+        return [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0]
     if span > 3:
-        return [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20]
+        return [0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0]
     step = 0.1 if span > 1.3 else 0.05 if span > 1.15 else 0.01
-    return [round(tick, 2) for tick in np.arange(0.3, 3.01, step)]
+    return [round(float(tick), 2) for tick in np.arange(0.3, 3.01, step)]
 
 
 def _band(axes: Axes, x: Any, said: Sequence[Any], color: str, label: str) -> None:
