@@ -1,8 +1,8 @@
 """The verdict is right on controllers whose nature is known, and every measure finds what was planted and only that."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,19 @@ from safetensors import safe_open
 
 import ncn
 from ncn import published
+from ncn.cli import main
 from ncn.config import NCNConfig
 from ncn.controller import ControllerNetwork, LocalGates, StaticGates
 from ncn.data import TokenDataset
-from ncn.diagnosis.balance import homeostasis
-from ncn.diagnosis.events import REACH, event_study, reactivity, word_ends
 from ncn.diagnosis.freezing import causal_value
 from ncn.diagnosis.inference import Resampling
 from ncn.diagnosis.readers import reader_of
-from ncn.diagnosis.record import Record, choose_texts, collect, read_texts
-from ncn.diagnosis.variance import explained_by_tokens, specialisation
+from ncn.diagnosis.record import choose_texts, collect, read_texts
 from ncn.errors import UserError
 from ncn.evaluate import evaluate
 from ncn.model import ModulatedTransformer
+from ncn.runs import RunFolder
+from ncn.store import save_model
 from ncn.tokenizer import Tokenizer
 from tiny import MODEL, prepare_text, stories
 
@@ -195,7 +195,7 @@ def test_the_published_kind_is_diagnosed_and_called_not_causal() -> None:
         model = published.load(weights, json.loads(file.metadata()["config"]))
     rng = np.random.default_rng(0)
     size, length = model.config.vocab_size, min(model.config.max_position_embeddings, 24)
-    found = ncn.diagnose(model, [rng.integers(0, size, length).tolist() for _ in range(24)])
+    found = ncn.diagnose(model, [rng.integers(0, size, length).tolist() for _ in range(12)])
     assert not found.results["causality"]["causal"]
     assert found.results["causality"]["change_from_later_token"]["signals"] > 1e-4
     assert any("not causal" in sentence for sentence in found.verdict)
@@ -299,182 +299,6 @@ def test_text_that_does_not_do_is_refused(documents: list[list[int]], line: str)
         ncn.diagnose(reads_the_context(), documents)
 
 
-# The measures, on records with planted effects
-
-
-def record_of(signal: np.ndarray, tokens: np.ndarray, length: int = 50, surprisal: np.ndarray | None = None) -> Record:
-    """A record of texts of `length` tokens with one signal (tokens, layers[, heads])."""
-    count = len(tokens)
-    text = np.arange(count) // length
-    position = np.arange(count) % length
-    nats = np.random.default_rng(9).exponential(size=count) if surprisal is None else surprisal.copy()
-    nats[position == 0] = np.nan
-    return Record(
-        tokens, text, text, position, nats, np.ones(count, bool), {"gain": signal.astype(np.float32)},
-        {"gain": 1.0}, {"gain": (0.0, 2.0)},
-    )  # fmt: skip
-
-
-def draws(seed: int, texts: int = 60, length: int = 50, words: int = 40) -> tuple[np.random.Generator, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return rng, rng.integers(0, words, texts * length)
-
-
-def test_variance_divides_as_it_was_made() -> None:
-    rng, tokens = draws(0, texts=100)
-    count = len(tokens)
-    layers, sites = np.array([-0.3, 0.0, 0.3]), np.array([-0.1, 0.1])
-    alike, apart = 0.2 * rng.standard_normal((count, 1, 1)), 0.15 * rng.standard_normal((count, 3, 2))
-    signal = 1 + layers[:, None] + sites + alike + apart
-    record = record_of(signal, tokens)
-    found = specialisation(record, "gain", Resampling(record.unit, 0))
-    assert found is not None
-    parts = {"layers": layers.var(), "sites": sites.var(), "tokens_alike": 0.04, "tokens_apart": 0.15**2}
-    # the mean over six columns of what is apart is alike by chance
-    parts["tokens_alike"] += 0.15**2 / 6
-    parts["tokens_apart"] *= 5 / 6
-    for part, expected in parts.items():
-        share = found["shares"][part]
-        assert share["value"] == pytest.approx(expected / sum(parts.values()), abs=0.015)
-        assert share["low"] <= share["value"] <= share["high"]
-        assert share["high"] - share["low"] < 0.06
-    assert found["shares"]["layers"]["p"] == pytest.approx(0.001)
-    assert sum(found["shares"][part]["value"] for part in parts) == pytest.approx(1)
-
-
-def test_each_stage_explains_what_was_planted() -> None:
-    rng, tokens = draws(1, texts=200)
-    record = record_of(np.zeros((len(tokens), 1)), tokens)
-    of_token, of_position = rng.standard_normal(40), rng.standard_normal(50)
-    seen = np.zeros(len(tokens))
-    for text in range(200):
-        part = slice(text * 50, text * 50 + 50)
-        seen[part] = np.log1p(np.cumsum(tokens[part] < 4)) - np.log1p(np.arange(1, 51) / 10)
-    before = np.roll(tokens, 1)
-    parts = [
-        of_token[tokens],
-        of_position[record.position],
-        4 * seen,
-        np.random.default_rng(2).standard_normal(40)[before],
-    ]
-    parts = [part / part.std() for part in parts]
-    record = replace(record, signals={"gain": (1 + 0.1 * sum(parts))[:, None].astype(np.float32)})
-    found = explained_by_tokens(record, Resampling(record.unit, 0))["gain"]
-    for stage in ("identity", "position", "bag"):
-        # a bag that is planted through its count follows the position too, so shares may pass between neighbours
-        assert found[stage]["value"] == pytest.approx(0.25, abs=0.08)
-        assert found[stage]["p"] == pytest.approx(0.001)
-    assert found["unexplained"]["value"] == pytest.approx(0.25, abs=0.06)
-    assert found["unexplained"]["low"] < found["unexplained"]["value"] < found["unexplained"]["high"]
-
-
-def test_noise_is_explained_by_nothing() -> None:
-    rng, tokens = draws(3)
-    record = record_of(1 + 0.1 * rng.standard_normal((len(tokens), 3)), tokens)
-    found = explained_by_tokens(record, Resampling(record.unit, 0))["gain"]
-    assert found["unexplained"]["value"] == pytest.approx(1, abs=0.02)
-    assert all(found[stage]["p"] > 0.01 for stage in ("identity", "position", "bag"))
-
-
-def test_a_planted_reaction_is_found_where_it_was_planted() -> None:
-    rng, tokens = draws(4, texts=100)
-    surprisal = rng.exponential(size=len(tokens))
-    steps = 0.05 * rng.standard_normal((len(tokens), 2))
-    high = surprisal >= np.quantile(surprisal, 0.9)
-    after = np.roll(high, 1)
-    signal = 1 + steps + 0.1 * after[:, None] * rng.choice((-1, 1), len(tokens))[:, None]
-    record = record_of(signal, tokens, surprisal=surprisal)
-    study = reactivity(record, None, Resampling(record.unit, 0))["surprise"]
-    found = study["signals"]["gain"]
-    # the token after the event moves away, and the one after that back again
-    assert sorted(np.argsort(found["difference"])[-2:]) == [REACH + 1, REACH + 2]
-    assert found["low"][REACH + 1] > 0.2
-    assert all(abs(found["difference"][place]) < 0.12 for place in range(REACH))
-
-    signal = 1 + steps + 0.1 * high[:, None] * rng.choice((-1, 1), len(tokens))[:, None]
-    record = record_of(signal, tokens, surprisal=surprisal)
-    for kind in ("surprise", "surprise_same_token"):
-        found = reactivity(record, None, Resampling(record.unit, 0))[kind]["signals"]["gain"]
-        assert found["at_event"]["p"] == pytest.approx(0.001)
-        assert found["at_event"]["low"] > 0.2
-        assert found["ratio"] > 1.3
-
-
-def test_a_reaction_to_frequency_is_none_to_surprise_once_tokens_are_matched() -> None:
-    """Rare tokens are surprising and move the signal; against the same token nothing is left."""
-    rng, _ = draws(5)
-    tokens = np.minimum(rng.geometric(0.15, 5000), 40)
-    surprisal = 0.3 * tokens + rng.exponential(size=5000)
-    signal = 1 + (0.02 * tokens + 0.05 * rng.standard_normal(5000))[:, None]
-    record = record_of(signal, tokens, surprisal=surprisal)
-    study = reactivity(record, None, Resampling(record.unit, 0))["surprise_same_token"]
-    assert study["signals"]["gain"]["at_event"]["p"] > 0.01
-
-
-def test_p_values_are_uniform_where_there_is_nothing() -> None:
-    reactions, flips, layers = [], [], []
-    for seed in range(60):
-        rng, tokens = draws(seed, texts=24, length=30)
-        record = record_of(1 + 0.1 * rng.standard_normal((len(tokens), 3)), tokens, length=30)
-        resampling = Resampling(record.unit, seed)
-        events = rng.random(len(tokens)) < 0.15
-        movement = {"gain": np.abs(rng.standard_normal(len(tokens)))}
-        study = event_study(record, movement, events, ~events, tokens % 3, resampling)
-        assert study is not None
-        reactions.append(study["signals"]["gain"]["at_event"]["p"])
-        flips.append(resampling.sign_flips(rng.standard_normal(24)))
-        found = specialisation(record, "gain", resampling)
-        assert found is not None
-        layers.append(found["shares"]["layers"]["p"])
-    for values in (reactions, flips, layers):
-        ranks = np.sort(values)
-        distance = np.abs(ranks - (np.arange(60) + 0.5) / 60).max()  # Kolmogorov and Smirnov's; 0.21 is the 1 % point
-        assert distance < 0.21
-
-
-def test_contrast_words_are_found_as_words() -> None:
-    tokenizer = Tokenizer.load("gpt2")
-    text = "But he had butter. The butler saw it, but then, suddenly, it fell. However"
-    ids = np.array([50256, *tokenizer.encode(text)])
-    record = record_of(np.zeros((len(ids), 1)), ids, length=len(ids))
-    hits = word_ends(record, tokenizer, ("but", "suddenly", "however"))
-    assert [label.strip() for label in tokenizer.token_labels(ids[hits].tolist())] == [
-        "But",
-        "but",
-        "suddenly",
-        "However",
-    ]
-
-
-def test_collapse_shows_in_rank_saturation_and_closed_gates() -> None:
-    rng, tokens = draws(6)
-    knob = rng.standard_normal((len(tokens), 1))
-    one = record_of(1 + 0.1 * knob * np.array([1, 2, 3, 4]), tokens)
-    free = record_of(1 + 0.1 * rng.standard_normal((len(tokens), 4)), tokens)
-    stuck = record_of(np.where(rng.random((len(tokens), 4)) < 0.3, 0.001, 1.0), tokens)
-    found = [homeostasis(record, Resampling(record.unit, 0))["signals"]["gain"] for record in (one, free, stuck)]
-    assert found[0]["effective_rank"]["value"] == pytest.approx(1, abs=1e-3)
-    assert found[1]["effective_rank"]["value"] == pytest.approx(4, abs=0.05)
-    assert found[1]["saturation"]["value"] == 0
-    assert found[2]["saturation"]["value"] == pytest.approx(0.3, abs=0.02)
-    assert found[2]["saturation"]["low"] < 0.3 < found[2]["saturation"]["high"]
-    gates = replace(
-        stuck, signals={"ffn_gate": stuck.signals["gain"]}, neutral={"ffn_gate": 1.0}, bounds={"ffn_gate": (0.0, 1.05)}
-    )
-    closed = homeostasis(gates, Resampling(gates.unit, 0))["closed"]
-    assert [closed[limit][0]["value"] for limit in ("0.5", "0.1", "0.01")] == pytest.approx([0.3] * 3, abs=0.03)
-
-
-def test_the_bootstrap_interval_has_its_coverage() -> None:
-    hits = 0
-    for seed in range(200):
-        rng = np.random.default_rng(seed)
-        values, counts = 1 + rng.standard_normal(40), np.ones(40)
-        found = Resampling(np.arange(40), seed).ratio(values, counts)
-        hits += found.low <= 1 <= found.high
-    assert 0.88 <= hits / 200 <= 0.99
-
-
 # What words say
 
 
@@ -505,7 +329,7 @@ def english(make: str, tokenizer: Tokenizer) -> ModulatedTransformer:
 def both(corpus: TokenDataset, tokenizer: Tokenizer) -> dict[str, ncn.Diagnosis]:
     torch.manual_seed(0)
     return {
-        make: ncn.diagnose(english(make, tokenizer), corpus, tokenizer, max_tokens=4000, name=make)
+        make: ncn.diagnose(english(make, tokenizer), corpus, tokenizer, max_tokens=2500, name=make)
         for make in ("order", "token")
     }
 
@@ -564,3 +388,38 @@ def test_the_same_seed_gives_the_same_numbers(documents: Sequence[list[int]]) ->
     model = reads_the_context()
     one, other = (ncn.diagnose(model, documents, max_tokens=1500).results for _ in range(2))
     assert one == other
+
+
+# The command
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["ncn", "diagnose", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def test_the_command_reads_a_run_with_its_training_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, finished: Path, valid: Path
+) -> None:
+    assert command(monkeypatch, finished, "--data", valid, "--out", tmp_path / "made", "--max-tokens", 800) == 0
+    results = json.loads((tmp_path / "made" / "diagnosis.json").read_text())
+    printed = capsys.readouterr().out
+    assert results["verdict"]["sentences"][0] in printed
+    assert str(tmp_path / "made" / "diagnosis.html") in printed
+    lines = [line for line in RunFolder.open(finished).metrics() if "signals" in line]
+    assert results["training"]["step"] == [line["step"] for line in lines]
+    assert results["training"]["signals"]["gain"]["spread"][-1] == lines[-1]["signals"]["gain"]["spread"]
+    assert results["tokens"] == pytest.approx(800, rel=0.1)
+
+
+def test_the_command_refuses_a_baseline_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, data: Path, valid: Path
+) -> None:
+    tokenizer = TokenDataset.open(data).tokenizer()
+    save_model(ModulatedTransformer(NCNConfig.parse(MODEL | {"controller": None})), tmp_path / "plain", tokenizer)
+    assert command(monkeypatch, tmp_path / "plain", "--data", valid, "--out", tmp_path / "made") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: this model has no controller")
+    assert not (tmp_path / "made").exists()

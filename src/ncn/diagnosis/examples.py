@@ -39,7 +39,9 @@ def word_order(reader: Reader, record: Record, tokenizer: Tokenizer, rng: np.ran
     pairs = [ORDER_PAIR, *(pair for pair in sentences if pair != ORDER_PAIR)]
     encoded = [tuple(_encode(tokenizer, text) for text in pair) for pair in pairs]
     kept = [
-        index for index, (one, other) in enumerate(encoded) if sorted(one) == sorted(other) and one[-1] == other[-1]
+        index
+        for index, (one, other) in enumerate(encoded)
+        if sorted(one) == sorted(other) and one[-1] == other[-1] and len(one) <= reader.context_length
     ]
     flat = [Text(ids, number, True) for number, index in enumerate(kept) for ids in encoded[index]]
     result: dict[str, Any] = {"texts": list(ORDER_PAIR), "pairs": len(kept), "signals": {}}

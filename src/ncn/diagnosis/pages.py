@@ -14,6 +14,7 @@ from ncn.errors import UserError
 from ncn.page import table, write_page
 from ncn.runs import disk_problem_in_one_line, write_json
 
+_SHORT = {"surprise_same_token": "surprising, same token"}
 _CLEAR = 0.01  # p-values up to here are spoken of as findings
 _EVENTS = {
     "surprise": "surprising tokens",
@@ -178,7 +179,14 @@ itself (p: that events and controls move alike); the figure shows four tokens be
             for name, found in study["signals"].items():
                 ratio = "–" if found["ratio"] is None else f"{found['ratio']:.2f}"
                 at = found["at_event"]
-                rows.append([f"{_EVENTS[kind]} ({study['events']:,}): {name}", _number(at, "+.3f"), ratio, _p_cell(at)])
+                rows.append(
+                    [
+                        f"{_SHORT.get(kind, _EVENTS[kind])} ({study['events']:,}): {name}",
+                        _number(at, "+.3f"),
+                        ratio,
+                        _p_cell(at),
+                    ]
+                )
     missing = [_EVENTS[kind] for kind, study in results["reactivity"].items() if not study]
     if not rows:
         return (
@@ -253,15 +261,10 @@ def _training(results: Mapping[str, Any]) -> str:
     highest = {name: max(values["saturation"]) for name, values in course["signals"].items()}
     name = max(highest, key=lambda each: highest[each])
     when = course["tokens"][course["signals"][name]["saturation"].index(highest[name])]
-    bound = (
-        (
-            f"{name} came closest to its bounds: {highest[name]:.0%} of its values in one layer, after {when:,} tokens."
-            if highest[name] > 0.01
-            else "No signal ever sat at a bound for more than 1 % of its values."
-        )
-        .replace("%", " %")
-        .replace("  %", " %")
-    )
+    bound = "No signal ever sat at a bound for more than 1 % of its values."
+    if highest[name] > 0.01:
+        most = f"{100 * highest[name]:.0f} % of its values in one layer, after {when:,} tokens"
+        bound = f"The signal {name} came closest to its bounds: {most}."
     return f"""## Over training
 
 From the run's own log. A collapsed controller shows as a spread that falls to zero, or as a saturation that rises.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ncn.diagnosis.inference import PERMUTATIONS, RESAMPLES, Resampling, interval, p_value
+from ncn.diagnosis.inference import FEWEST, PERMUTATIONS, RESAMPLES, Resampling, interval, p_value
 from ncn.diagnosis.readers import Reader
 from ncn.diagnosis.record import SHORTEST, Floats, Ids, Record, Text, read_texts
 from ncn.diagnosis.variance import text_borders
@@ -91,21 +91,22 @@ def across_tasks(reader: Reader, record: Record, tokenizer: Tokenizer, resamplin
     per column between texts with the same keywords in different frames, "same_frame" that between texts with different
     keywords in the same frame, and "words" and "frame" are the shares of the points' variance that keywords and frames
     account for. Intervals are over sets of keywords, p-values by exchanging keywords within frames and the reverse.
+    Without signals where fewer than five sets fit into the model's context.
     """
-    texts = [
-        Text(_with_separator(tokenizer, frame.format(*words)), number, True)
-        for number, words in enumerate(KEYWORDS)
-        for frame in FRAMES.values()
-    ]
+    rows = [[_with_separator(tokenizer, frame.format(*words)) for frame in FRAMES.values()] for words in KEYWORDS]
+    rows = [row for row in rows if max(map(len, row)) <= reader.context_length]
+    names = [name for name in record.signals if record.varies(name)]
+    result: dict[str, Any] = {"keywords": len(rows), "frames": list(FRAMES), "signals": {}}
+    if len(rows) < FEWEST:
+        return result
+    texts = [Text(ids, number, True) for number, row in enumerate(rows) for ids in row]
     _, signals = read_texts(reader, texts)
     borders = np.cumsum([0, *(len(text.ids) for text in texts)])
-    names = [name for name in record.signals if record.varies(name)]
-    result: dict[str, Any] = {"keywords": len(KEYWORDS), "frames": list(FRAMES), "signals": {}}
     for name in [*names, *(["all"] if len(names) > 1 else [])]:
         chosen = names if name == "all" else [name]
         scaled = np.concatenate([signals[each].reshape(borders[-1], -1) / record.spread(each) for each in chosen], 1)
         points = np.stack([scaled[a + 1 : b].mean(0) for a, b in pairwise(borders)])
-        result["signals"][name] = _two_ways(points.reshape(len(KEYWORDS), len(FRAMES), -1), resampling)
+        result["signals"][name] = _two_ways(points.reshape(len(rows), len(FRAMES), -1), resampling)
     return result
 
 

@@ -119,7 +119,8 @@ def _worth(cost: Mapping[str, Any]) -> str:
             "It is decoration all the same: freezing all signals at neutral, or at their means, changes the loss by "
             f"{_nats(still)} and {_nats(moving)}."
         )
-    held = f"frozen at the mean of every layer and head, the loss changes by {_nats(moving)}; at neutral, by {_nats(still)}."
+    held = f"frozen at the mean of every layer and head, the loss changes by {_nats(moving)}"
+    held += f"; at neutral, by {_nats(still)}."
     if _costs_nothing(moving):
         return f"The model does not need the movement, and constants would do as well: {held}"
     if moving["high"] < 0:
