@@ -14,7 +14,7 @@ from ncn.experiments.intervals import Interval
 from ncn.experiments.ladder import short
 from ncn.experiments.scale import ARMS, run_path
 from ncn.experiments.scaling_law import IDENTIFIED, Point, ScalingFit, fit_scaling_law
-from ncn.experiments.scaling_trend import FARTHEST, Trend, gap_trend, hold_out_largest, project
+from ncn.experiments.scaling_trend import FARTHEST, TARGETS, Trend, gap_trend, hold_out_largest, project
 from ncn.page import table, write_page
 from ncn.runs import RunFolder, read_json, write_json
 
@@ -92,7 +92,7 @@ def write_report(out: Path, also: Sequence[Path] = ()) -> list[Path]:
     figures.draw_losses(fit, ends.flops, names["loss"])
     figures.draw_gap(fit, trend, names["gap"])
     figures.draw_multipliers(fit, names["multipliers"])
-    figures.draw_projection(fit, names["projection"])
+    figures.draw_projection(fit, TARGETS, FARTHEST, names["projection"])
     pages = write_page(out / "scaling.md", "What a controller is worth as models grow", _text(result, facts))
     return [out / "scaling.json", *pages, *names.values()]
 

@@ -4,15 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
 from ncn.plot.style import FAINT, LINES, curve_figure, drawable, legend, token_axis, write
 
-if TYPE_CHECKING:
-    from ncn.experiments.learning_curve import Curve
+
+@runtime_checkable
+class Estimate(Protocol):
+    @property
+    def value(self) -> float: ...
+
+
+@runtime_checkable
+class Law(Protocol):
+    """A power law, and the tokens that it was fitted between."""
+
+    @property
+    def first(self) -> float: ...
+    @property
+    def last(self) -> float: ...
+    def at(self, tokens: NDArray[np.float64]) -> NDArray[np.float64]: ...
+
+
+@runtime_checkable
+class Curve(Protocol):
+    """A learning curve, raw and smoothed, with bootstrap draws of the smoothed one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tokens(self) -> NDArray[np.float64]: ...
+    @property
+    def losses(self) -> NDArray[np.float64]: ...
+    @property
+    def smooth(self) -> NDArray[np.float64]: ...
+    @property
+    def draws(self) -> NDArray[np.float64]: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def verdict(self) -> str: ...
+    @property
+    def power_law(self) -> Law | None: ...
+    def tokens_to_share(self, share: float) -> Estimate: ...
 
 
 def draw_curves(curves: Sequence[Curve], path: Path) -> None:

@@ -2,19 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
+from numpy.typing import NDArray
 
 from ncn.plot.style import FAINT, INK, LINES, amount, curve_figure, drawable, legend, write
 
-if TYPE_CHECKING:
-    from ncn.experiments.scaling_law import ScalingFit
-    from ncn.experiments.scaling_trend import Trend
+
+@runtime_checkable
+class Estimate(Protocol):
+    """A value with the ends of its interval."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
+@runtime_checkable
+class Run(Protocol):
+    """The end of a run: where it stands on the ladder, and its loss."""
+
+    @property
+    def arm(self) -> str: ...
+    @property
+    def size(self) -> str: ...
+    @property
+    def parameters(self) -> int | float: ...
+    @property
+    def tokens(self) -> int | float: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+
+
+@runtime_checkable
+class ScalingFit(Protocol):
+    """The fitted law; the first arm is the baseline."""
+
+    @property
+    def arms(self) -> tuple[str, ...]: ...
+    @property
+    def points(self) -> Sequence[Run]: ...
+    def constants(self) -> Mapping[str, Estimate]: ...
+    def identified(self) -> Mapping[str, bool]: ...
+    def predict(self, arm: str, parameters: int | float, tokens: int | float) -> Estimate: ...
+    def advantage(self, arm: str, parameters: int | float, tokens: int | float) -> Estimate: ...
+
+
+@runtime_checkable
+class Trend(Protocol):
+    """One mean gap a size, and the straight line through them."""
+
+    @property
+    def parameters(self) -> NDArray[np.float64]: ...
+    @property
+    def gaps(self) -> NDArray[np.float64]: ...
+    @property
+    def tokens(self) -> Sequence[float]: ...
+    def line(
+        self, parameters: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]: ...
+
 
 _MARKERS = "os^Dv"
 _DASHES: tuple[Any, ...] = ((0, (4, 2)), "-", (0, (1, 1)), (0, (5, 1, 1, 1)))
@@ -110,16 +167,14 @@ def draw_multipliers(fit: ScalingFit, path: Path) -> None:
     write(figure, path)
 
 
-def draw_projection(fit: ScalingFit, path: Path) -> None:
-    """The law beyond the sizes that were run, at the most tokens that were run, with bands, as far as ten times the
-    largest compute; below it the gap. Written as PNG."""
-    from ncn.experiments.scaling_trend import FARTHEST, TARGETS, compute
-
+def draw_projection(fit: ScalingFit, targets: Mapping[str, float], times: float, path: Path) -> None:
+    """The law beyond the sizes that were run, at the most tokens that were run, with bands, as far as so many `times`
+    the largest compute (6 N D); below it the gap. `targets` are sizes to mark, by name. Written as PNG."""
     figure, axes = curve_figure(panels=2)
     below = figure.axes[1]
     most = max(point.tokens for point in fit.points)
     sizes = sorted({point.parameters for point in fit.points})
-    limit = FARTHEST * max(compute(point.parameters, point.tokens) for point in fit.points) / compute(1.0, most)
+    limit = times * max(point.parameters * point.tokens for point in fit.points) / most
     grid = np.geomspace(sizes[0], limit, 60)
     for column, arm in enumerate(fit.arms):
         color = LINES[column % len(LINES)]
@@ -130,20 +185,20 @@ def draw_projection(fit: ScalingFit, path: Path) -> None:
         if column:
             _band(below, grid, [fit.advantage(arm, parameters, most) for parameters in grid], color, "")
     below.axhline(0, color=INK, linewidth=0.8)
-    farthest = 1.6 * max(limit, *TARGETS.values())
+    farthest = 1.6 * max(limit, *targets.values())
     for panel in (axes, below):
         panel.axvspan(limit, farthest, color=FAINT, alpha=0.13, linewidth=0)
         panel.axvline(sizes[-1], color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)))
-        for parameters in TARGETS.values():
+        for parameters in targets.values():
             panel.axvline(parameters, color=FAINT, linewidth=0.6, alpha=0.6)
         _size_axis(panel)
         panel.set_xlim(sizes[0] / 1.15, farthest)
     top = axes.get_ylim()[1]
-    for name, parameters in TARGETS.items():
+    for name, parameters in targets.items():
         axes.annotate(name, (parameters, top), (0, -2), textcoords="offset points", ha="center", va="top", size=8,
                       color=INK, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0})  # fmt: skip
     axes.annotate(
-        f"refused: more than\n{FARTHEST:g} times the largest\ncompute that was run",
+        f"refused: more than\n{times:g} times the largest\ncompute that was run",
         ((limit * farthest) ** 0.5, 0.5), xycoords=("data", "axes fraction"), ha="center", va="center", size=8.5,
         color=INK,
     )  # fmt: skip
