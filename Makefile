@@ -6,9 +6,6 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 ARGS ?=
 
-# Spinning OpenMP threads slow everything down many times over as soon as two processes share the cores.
-export OMP_WAIT_POLICY := PASSIVE
-
 .PHONY: help install demo test lint format-check ruff types layers format bench docs pins clean
 
 help: ## list these targets

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from ncn.cache import Cache
 from ncn.config import NCNConfig
+from ncn.norm import RMSNorm
 from ncn.salience import SalienceState, pool
 from ncn.signals import SignalLayout
 from ncn.types import Hidden, Segments
@@ -90,7 +91,7 @@ class ControllerNetwork(nn.Module):
         self.read = nn.Linear(config.d_model, self.pools + self.width * (2 if self.has_phasic else 1), bias=False)
         self.log_decay = nn.Parameter(torch.empty(self.pools))
         self.phasic_filter = nn.Parameter(torch.empty(self.kernel, self.width)) if self.has_phasic else None
-        self.input_norm = nn.RMSNorm(self.width, eps=config.norm_eps)
+        self.input_norm = RMSNorm(self.width, eps=config.norm_eps)
         self.expand = nn.Linear(self.width, controller.hidden)
         self.output = nn.Linear(controller.hidden, served * sum(self.layout.sizes))
 
@@ -127,43 +128,38 @@ class ControllerNetwork(nn.Module):
         mean_square = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=exact).square() / hidden.shape[-1]
         read = self.read(hidden).to(exact) * torch.rsqrt(mean_square + self.eps)
         scores, values, phasic = read.split([self.pools, self.width, self.width if self.has_phasic else 0], dim=-1)
+        held = None if cache is None else cache.last(self.name, max(self.kernel - 1, 1))
         state = pool(
             scores / math.sqrt(hidden.shape[-1]),  # a of equation (1)
             values.reshape(*values.shape[:-1], self.pools, -1),
             self.log_decay.to(read.dtype).exp(),
             segments,
-            self._past(cache),
+            self._past(held, cache),
         )
         context = state.mean.flatten(2)  # c of equation (1)
         if self.phasic_filter is not None:
-            context = context + self._phasic(phasic, segments, cache)
+            context = context + self._phasic(phasic, held, segments, cache)
         if cache is not None:
-            cache.write(f"{self.name}.log_weight", state.log_weight)
-            cache.write(f"{self.name}.mean", state.mean)
+            cache.write(self.name, torch.cat([state.log_weight, state.mean.flatten(2), phasic], -1))
         # equation (2)
         raw: Tensor = self.output(torch.tanh(self.expand(self.input_norm(context.to(stored)))))
         return torch.unflatten(raw, -1, (self.served, -1))
 
-    def _past(self, cache: Cache | None) -> SalienceState | None:
-        if cache is None or not cache.length:
+    def _past(self, held: Tensor | None, cache: Cache | None) -> SalienceState | None:
+        """The salience state after the last token held."""
+        if held is None or cache is None:
             return None
-        segment = cache.last("segments", 1)
-        log_weight, mean = cache.last(f"{self.name}.log_weight", 1), cache.last(f"{self.name}.mean", 1)
-        assert log_weight is not None
-        assert mean is not None
-        return SalienceState(log_weight, mean, segment)
+        sizes = [self.pools, self.width, held.shape[-1] - self.pools - self.width]
+        log_weight, mean, _ = torch.split(held[:, -1:], sizes, dim=-1)
+        return SalienceState(log_weight, mean.unflatten(-1, (self.pools, -1)), cache.last("segments", 1))
 
-    def _phasic(self, inputs: Tensor, segments: Tensor | None, cache: Cache | None) -> Tensor:
+    def _phasic(self, inputs: Tensor, held: Tensor | None, segments: Tensor | None, cache: Cache | None) -> Tensor:
         """φ: a causal convolution over the last few tokens of the same segment, one filter per channel."""
         assert self.phasic_filter is not None
-        before = self.kernel - 1
-        history = cache.last(f"{self.name}.phasic", before) if cache is not None else None
-        if cache is not None:
-            cache.write(f"{self.name}.phasic", inputs)
-        missing = before - (0 if history is None else history.shape[1])
-        parts = [inputs] if history is None else [history, inputs]
-        padded = F.pad(torch.cat(parts, 1), (0, 0, missing, 0)) if missing else torch.cat(parts, 1)
-        tokens = inputs.shape[1]
+        before, tokens = self.kernel - 1, inputs.shape[1]
+        padded = inputs if held is None else torch.cat([held[..., -self.width :], inputs], 1)
+        if missing := before + tokens - padded.shape[1]:
+            padded = F.pad(padded, (0, 0, missing, 0))
         if segments is not None:
             old = cache.last("segments", before) if cache is not None else None
             known = segments if old is None else torch.cat([old, segments], 1)

@@ -24,6 +24,7 @@ from ncn.controller import SignalSource, signal_source
 from ncn.errors import UserError
 from ncn.loss import chunked_cross_entropy, token_losses
 from ncn.modulation import UNMODULATED, Factors, add_scaled, layer_factors, scale
+from ncn.norm import RMSNorm
 from ncn.segments import attention_mask_of, find_segments, positions_in_segment
 from ncn.signals import SignalLayout, homeostatic_loss
 from ncn.types import AttentionMask, Hidden, Logits, Signal, TokenIds
@@ -53,7 +54,7 @@ class ModulatedTransformer(nn.Module):
                 nn.Embedding(config.context_length, config.d_model) if config.positions == "learned" else None
             )
             self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
-            self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+            self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
             self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
             self.controller: SignalSource | None = signal_source(config)
         self.checkpointing = False
@@ -205,9 +206,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: NCNConfig, index: int) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = Attention(config, index)
-        self.ffn_norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.ffn = FeedForward(config)
 
     def forward(
@@ -231,8 +232,8 @@ class Attention(nn.Module):
         self.index = index
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
         self.qkv = nn.Linear(config.d_model, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.query_norm = HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.key_norm = HeadNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.query_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.output = nn.Linear(config.d_model, config.d_model, bias=False)
 
     def forward(
@@ -269,13 +270,6 @@ class Attention(nn.Module):
             attended = scale(attended, head_factor)
         projected: Tensor = self.output(attended.flatten(2))
         return projected
-
-
-class HeadNorm(nn.RMSNorm):
-    """RMSNorm in the precision of its input: bfloat16 under autocast, where float32 weights would make it slow."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class FeedForward(nn.Module):

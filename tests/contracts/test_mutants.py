@@ -42,8 +42,8 @@ def pool_one_token_ahead(patch: Patch) -> None:
 def phasic_one_token_ahead(patch: Patch) -> None:
     original = ControllerNetwork._phasic
 
-    def ahead(self, inputs, segments, cache):
-        return original(self, inputs, segments, cache) + F.pad(inputs, (0, 0, 0, 1))[:, 1:]
+    def ahead(self, inputs, held, segments, cache):
+        return original(self, inputs, held, segments, cache) + F.pad(inputs, (0, 0, 0, 1))[:, 1:]
 
     patch.setattr(ControllerNetwork, "_phasic", ahead)
 
@@ -58,13 +58,15 @@ def attention_without_a_mask(patch: Patch) -> None:
 
 
 def salience_without_past(patch: Patch) -> None:
-    patch.setattr(ControllerNetwork, "_past", lambda self, cache: None)
+    patch.setattr(ControllerNetwork, "_past", lambda self, held, cache: None)
 
 
 def phasic_without_past(patch: Patch) -> None:
     original = ControllerNetwork._phasic
     patch.setattr(
-        ControllerNetwork, "_phasic", lambda self, inputs, segments, cache: original(self, inputs, None, None)
+        ControllerNetwork,
+        "_phasic",
+        lambda self, inputs, held, segments, cache: original(self, inputs, None, None, None),
     )
 
 
@@ -100,7 +102,9 @@ def segments_ignored_by_the_pool(patch: Patch) -> None:
 def segments_ignored_by_the_phasic_filter(patch: Patch) -> None:
     original = ControllerNetwork._phasic
     patch.setattr(
-        ControllerNetwork, "_phasic", lambda self, inputs, segments, cache: original(self, inputs, None, cache)
+        ControllerNetwork,
+        "_phasic",
+        lambda self, inputs, held, segments, cache: original(self, inputs, held, None, cache),
     )
 
 
@@ -189,17 +193,19 @@ class SalienceIsNotCropped(Cache):
     """After cropping, the salience state is still that of the whole sequence."""
 
     def crop(self, length: int) -> None:
-        last = {name: buffer[:, self.length - 1].clone() for name, buffer in self._slots.items() if "mean" in name}
+        last = {
+            name: buffer[:, self.length - 1].clone() for name, buffer in self._slots.items() if name.startswith("tap")
+        }
         super().crop(length)
         for name, state in last.items():
             self._slots[name][:, self.length - 1] = state
 
 
 class PhasicIsForgotten(Cache):
-    """After cropping to 16 tokens, the last inputs of the phasic filter are gone."""
+    """After cropping to 16 tokens, all but the last input of the phasic filter are gone."""
 
     def last(self, name: str, count: int) -> Tensor | None:
-        return None if name.endswith("phasic") and self.length == 16 else super().last(name, count)
+        return super().last(name, 1 if name.startswith("tap") and self.length == 16 else count)
 
 
 class BiasesWiped(ModulatedTransformer):
