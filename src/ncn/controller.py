@@ -151,7 +151,7 @@ class ControllerNetwork(nn.Module):
             return None
         sizes = [self.pools, self.width, held.shape[-1] - self.pools - self.width]
         log_weight, mean, _ = torch.split(held[:, -1:], sizes, dim=-1)
-        return SalienceState(log_weight, mean.unflatten(-1, (self.pools, -1)), cache.last("segments", 1))
+        return SalienceState(log_weight, torch.unflatten(mean, -1, (self.pools, -1)), cache.last("segments", 1))
 
     def _phasic(self, inputs: Tensor, held: Tensor | None, segments: Tensor | None, cache: Cache | None) -> Tensor:
         """φ: a causal convolution over the last few tokens of the same segment, one filter per channel."""
