@@ -81,28 +81,20 @@ class Plan:
         return Job(arm.at(seed, rate), self.splits.train.folder, self.splits.validation.folder, out)
 
     def _short_job(self, arm: Arm, seed: int, rate: float, out: Path) -> Job:
-        steps = math.ceil(self.tune_tokens / self.train.batch_size)
-        recipe = arm.at(seed, rate, tokens=self.tune_tokens, eval_every=max(steps, 1))
+        # validated at its end alone: a step has at least one token
+        recipe = arm.at(seed, rate, tokens=self.tune_tokens, eval_every=self.tune_tokens)
         return Job(recipe, self.splits.train.folder, self.splits.tuning.folder, out)
 
     def facts(self) -> dict[str, Any]:
         """What experiment.json says of it, but for the measured times; the arms come last."""
         context = self.train.context or next(iter(self.arms.values())).recipe.model.context_length
-        validation = self.splits.validation
         return {
             "format": 1,
             "preset": self.preset,
             "tokens_per_run": self.train.tokens,
             "tokens_per_tuning_run": self.tune_tokens,
             "steps": math.ceil(self.train.tokens / (self.train.batch_size * context)),
-            "data": {
-                "train": self.splits.train.fingerprint,
-                "tuning": self.splits.tuning.fingerprint,
-                "validation": validation.fingerprint,
-                "validation_tokens": validation.tokens,
-                "validation_text_bytes": validation.text_bytes,
-                "validation_documents": validation.documents,
-            },
+            "data": self.splits.facts(),
             "seeds": list(self.seeds),
             "pilot_seed": PILOT_SEED,
             "rates": {"start": list(RATES), "factor": FACTOR},

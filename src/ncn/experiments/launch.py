@@ -151,7 +151,7 @@ class _Worker:
 
     def __init__(self, threads: int, device: str | None, heard: queue.Queue[tuple[_Worker, Any]]) -> None:
         self.job: Job | None = None
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         # In a session of its own: Ctrl-C is for this process alone, which then tells the workers.

@@ -87,20 +87,13 @@ class Ladder:
 
     def facts(self) -> dict[str, Any]:
         """What scale.json says of it, but for the measured times."""
-        validation = self.splits.validation
         return {
             "format": 1,
             "preset": self.preset,
             "budgets": list(self.budgets),
             "seeds": list(self.seeds),
             "tuning": {"sizes": [rung.name for rung in self.tuned], "tokens": self.tuning_tokens, "seed": PILOT_SEED},
-            "data": {
-                "train": self.splits.train.fingerprint,
-                "tuning": self.splits.tuning.fingerprint,
-                "validation": validation.fingerprint,
-                "validation_tokens": validation.tokens,
-                "validation_text_bytes": validation.text_bytes,
-            },
+            "data": self.splits.facts(),
             "sizes": {
                 rung.name: {
                     arm: {

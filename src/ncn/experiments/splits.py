@@ -34,6 +34,17 @@ class Splits:
     tuning: TokenDataset
     validation: TokenDataset
 
+    def facts(self) -> dict[str, Any]:
+        """What identifies the texts, and the size of the one that is reported on."""
+        return {
+            "train": self.train.fingerprint,
+            "tuning": self.tuning.fingerprint,
+            "validation": self.validation.fingerprint,
+            "validation_tokens": self.validation.tokens,
+            "validation_text_bytes": self.validation.text_bytes,
+            "validation_documents": self.validation.documents,
+        }
+
 
 def make_splits(folder: Path, data: str, valid: str, vocab_size: int, *, progress: bool = True) -> Splits:
     """Prepare `data` and `valid` in `folder`, and hold the tuning split out; done once, and checked from then on.
