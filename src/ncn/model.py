@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -258,18 +259,25 @@ class Attention(nn.Module):
         if cache is not None:
             continued = cache.length > 0
             keys, values = cache.write_keys_values(self.index, keys, values)
-        attended = F.scaled_dot_product_attention(
-            queries.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None and not continued,
-            enable_gqa=self.kv_heads != self.heads,
-        ).transpose(1, 2)
+        attended = attend(queries, keys, values, mask, causal=mask is None and not continued)
         if head_factor is not None:
             attended = scale(attended, head_factor)
         projected: Tensor = self.output(attended.flatten(2))
         return projected
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask | None, causal: bool) -> Tensor:
+    """Fused attention over tensors of shape (batch, tokens, heads, head_dim)."""
+    device, dtype = queries.device.type, queries.dtype
+    inputs = [x.transpose(1, 2) for x in (queries, keys, values)]
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "enable_gqa": keys.shape[2] != queries.shape[2]}
+    if device == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled():
+        # on CPU the backward pass is so much slower in bfloat16 that there and back again costs less
+        with torch.autocast(device, enabled=False):
+            attended = F.scaled_dot_product_attention(*(x.float() for x in inputs), **options).to(dtype)
+    else:
+        attended = F.scaled_dot_product_attention(*inputs, **options)
+    return attended.transpose(1, 2)
 
 
 class FeedForward(nn.Module):
