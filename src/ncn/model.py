@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -269,15 +269,20 @@ class Attention(nn.Module):
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: AttentionMask | None, causal: bool) -> Tensor:
     """Fused attention over tensors of shape (batch, tokens, heads, head_dim)."""
     device, dtype = queries.device.type, queries.dtype
-    inputs = [x.transpose(1, 2) for x in (queries, keys, values)]
-    options: dict[str, Any] = {"attn_mask": mask, "is_causal": causal, "enable_gqa": keys.shape[2] != queries.shape[2]}
-    if device == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled():
-        # on CPU the backward pass is so much slower in bfloat16 that there and back again costs less
-        with torch.autocast(device, enabled=False):
-            attended = F.scaled_dot_product_attention(*(x.float() for x in inputs), **options).to(dtype)
-    else:
-        attended = F.scaled_dot_product_attention(*inputs, **options)
-    return attended.transpose(1, 2)
+    # on CPU the backward pass is so much slower in bfloat16 that going to float32 and back costs less
+    exact = device == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled()
+    if exact:
+        queries, keys, values = queries.float(), keys.float(), values.float()
+    with torch.autocast(device, enabled=False) if exact else nullcontext():
+        attended = F.scaled_dot_product_attention(
+            queries.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=causal,
+            enable_gqa=keys.shape[2] != queries.shape[2],
+        )
+    return attended.transpose(1, 2).to(dtype)
 
 
 class FeedForward(nn.Module):
