@@ -43,14 +43,14 @@ def test_the_twin_of_a_baseline_is_itself() -> None:
     assert widened_baseline(config) == config
 
 
-VARIANTS = {"deep": ["controller.taps=[0,2]", "controller.gain_per=sublayer"], "wide": ["controller.hidden=64"]}
+VARIANTS = {"deep": ["controller.taps=[0,2]", "controller.gain_per=layer"], "wide": ["controller.hidden=64"]}
 
 
 @pytest.mark.parametrize(
     ("preset", "settings"),
     [
         ("mini", []),
-        ("mini", ["activation=swiglu", "controller.signals=[gain,precision]", "controller.maps=published"]),
+        ("mini", ["activation=swiglu", "num_layers=3", "controller.signals=[gain,precision]", "controller.maps=published"]),
         ("mini", ["num_layers=3", "d_model=96", "num_heads=3", "controller.precision_per=layer"]),
         ("published-18m", []),
     ],
