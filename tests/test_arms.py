@@ -50,7 +50,10 @@ VARIANTS = {"deep": ["controller.taps=[0,2]", "controller.gain_per=layer"], "wid
     ("preset", "settings"),
     [
         ("mini", []),
-        ("mini", ["activation=swiglu", "num_layers=3", "controller.signals=[gain,precision]", "controller.maps=published"]),
+        (
+            "mini",
+            ["activation=swiglu", "num_layers=3", "controller.signals=[gain,precision]", "controller.maps=published"],
+        ),
         ("mini", ["num_layers=3", "d_model=96", "num_heads=3", "controller.precision_per=layer"]),
         ("published-18m", []),
     ],
