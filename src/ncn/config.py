@@ -56,9 +56,10 @@ class ControllerConfig(_Config):
     gain_per: Literal["layer", "sublayer"] = Field(
         "layer", description="one gain for both sublayers of a layer, as published, or one for each"
     )
-    taps: tuple[int, ...] = Field(
+    taps: tuple[int, ...] | Literal["every"] = Field(
         (0,),
-        description="layers whose input a controller reads; tap m serves layer m and those above, up to the next tap",
+        description="layers whose input a controller reads, or every; tap m serves layer m and those above, up to the "
+        "next tap",
     )
     width: int = Field(32, ge=1, description="width of the controller's input u (equation 2)")
     hidden: int = Field(32, ge=1, description="width of the controller's hidden layer")
@@ -78,9 +79,15 @@ class ControllerConfig(_Config):
             raise ValueError(
                 f"controller.width ({self.width}) must be a multiple of pooling_heads ({self.pooling_heads})"
             )
+        if self.taps == "every":
+            return self
         if not self.taps or self.taps[0] != 0 or list(self.taps) != sorted(set(self.taps)):
             raise ValueError(f"controller.taps must start at 0 and increase, got {list(self.taps)}")
         return self
+
+    def taps_in(self, num_layers: int) -> tuple[int, ...]:
+        """The tapped layers of a model with `num_layers` layers."""
+        return tuple(range(num_layers)) if self.taps == "every" else self.taps
 
 
 class NCNConfig(_Config):
@@ -118,10 +125,8 @@ class NCNConfig(_Config):
             raise ValueError(f"rotary positions need an even head width, got {self.head_dim}; use positions=learned")
         if self.separator_id >= self.vocab_size:
             raise ValueError(f"separator_id ({self.separator_id}) lies outside the vocabulary ({self.vocab_size})")
-        if self.controller and self.controller.taps[-1] >= self.num_layers:
-            raise ValueError(
-                f"controller.taps {list(self.controller.taps)} name a layer that a {self.num_layers}-layer model lacks"
-            )
+        if self.controller and max(taps := self.controller.taps_in(self.num_layers)) >= self.num_layers:
+            raise ValueError(f"controller.taps {list(taps)} name a layer that a {self.num_layers}-layer model lacks")
         return self
 
     @property

@@ -55,7 +55,7 @@ class Controller(SignalSource):
     def __init__(self, config: NCNConfig) -> None:
         super().__init__()
         assert config.controller is not None
-        self.taps = config.controller.taps
+        self.taps = config.controller.taps_in(config.num_layers)
         ends = (*self.taps[1:], config.num_layers)
         self.networks = nn.ModuleDict(
             {

@@ -165,9 +165,10 @@ def _raw_signals(config: NCNConfig, weights: Weights, layer: int, hidden: Vector
     if controller.kind == "local":
         weight, bias = (weights[f"controller.readouts.{layer}.{part}"] for part in ("weight", "bias"))
         return [[weight @ _rms_norm(h, config) + bias for h in hidden]]
-    if layer not in controller.taps:
+    taps = controller.taps_in(config.num_layers)
+    if layer not in taps:
         return []
-    served = min([tap for tap in controller.taps if tap > layer], default=config.num_layers) - layer
+    served = min([tap for tap in taps if tap > layer], default=config.num_layers) - layer
     prefix = f"controller.networks.{layer}."
     own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
     by_token = [_controller(config, own, hidden, t).chunk(served) for t in range(len(hidden))]

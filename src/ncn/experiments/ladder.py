@@ -115,11 +115,17 @@ def _rung(model: NCNConfig, controller: ControllerConfig, width: int, depth: int
         "controller": {
             "width": max(1, round(controller.width * factor / pooling)) * pooling,
             "hidden": max(4, round(controller.hidden * factor)),
-            "taps": sorted({min(depth - 1, round(tap * depth / model.num_layers)) for tap in controller.taps}),
+            "taps": _taps(controller, model.num_layers, depth),
         },
     }
     modulated = model.override(**changes)
     return Rung(f"{width}x{depth}", {BASELINE: widened_baseline(modulated), NCN: modulated})
+
+
+def _taps(controller: ControllerConfig, num_layers: int, depth: int) -> Any:
+    if controller.taps == "every":
+        return "every"
+    return sorted({min(depth - 1, round(tap * depth / num_layers)) for tap in controller.taps})
 
 
 @dataclass(frozen=True)
