@@ -134,7 +134,7 @@ def test_a_run_has_the_seed_and_the_rate_and_the_twin_other_weights() -> None:
     arms = build_arms(Recipe.preset("mini"), ["baseline", "ncn", "baseline-again"])
     runs = {name: arm.at(3, 0.5).train for name, arm in arms.items()}
     for train in runs.values():
-        assert (train.seed, train.learning_rate, train.muon_learning_rate) == (3, 0.006, 0.02)
+        assert (train.seed, train.learning_rate, train.muon_learning_rate) == (3, 0.012, 0.04)
     assert runs["baseline"] == runs["ncn"]
     assert runs["baseline-again"].override(init_seed=None) == runs["baseline"]
     assert runs["baseline-again"].init_seed not in (None, 3)
