@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -30,6 +32,20 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table: the first column to the left, the others, which hold figures, to the right."""
     lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def origin(environment: Mapping[str, Any], command: str = "") -> str:
+    """A closing section that says what made a page: the command, the machine, the versions and the commit.
+
+    Args:
+        environment: as `ncn.runs.describe_environment` gives it.
+        command: where it is not the one that `environment` names.
+    """
+    commit = environment.get("commit")
+    made_from = f", commit {commit[:12]}{' with changes' if environment.get('dirty') else ''}" if commit else ""
+    device, torch = environment.get("device", "an unnamed device"), environment.get("torch", "unknown")
+    line = command or shlex.join(environment["command"])
+    return f"## Where this comes from\n\n`{line}` on {device}, PyTorch {torch}{made_from}."
 
 
 def write_page(path: Path, title: str, text: str) -> list[Path]:

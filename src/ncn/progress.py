@@ -119,6 +119,7 @@ class TokensProgress(_Shown):
 
     def __init__(self, total: int, done: int, enabled: bool) -> None:
         super().__init__("runs", total, done, enabled)
+        self.last = done
 
     def columns(self) -> "tuple[ProgressColumn, ...]":
         from rich.progress import BarColumn, TextColumn
@@ -130,6 +131,9 @@ class TokensProgress(_Shown):
         if not self.enabled:
             return
         now = time.monotonic()
+        if done < self.last:  # a run that goes on begins at its checkpoint, before the end of its log
+            self.first, self.begun = done, now
+        self.last = done
         speed = (done - self.first) / max(now - self.begun, 1e-9)
         left = f"{(self.total - done) / speed / 60:.1f} min left" if speed else ""
         facts = f"{finished}/{runs}  {done / 1e6:.2f} of {self.total / 1e6:.2f} M tokens  {speed:,.0f} tokens/s  {left}"

@@ -11,7 +11,7 @@ from ncn.diagnosis.balance import CLOSED
 from ncn.diagnosis.events import CONTRAST_WORDS
 from ncn.diagnosis.freezing import WAYS
 from ncn.errors import UserError
-from ncn.page import table, write_page
+from ncn.page import origin, table, write_page
 from ncn.runs import disk_problem_in_one_line, write_json
 
 _SHORT = {"surprise_same_token": "surprising, same token"}
@@ -62,7 +62,7 @@ def _sections(results: Mapping[str, Any], scanned: bool) -> list[str]:
         parts.append(_stereotyping(results["stereotyping"]))
     if "word_order" in results:
         parts.append(_examples(results, scanned))
-    return parts
+    return [*parts, origin(results["environment"])]
 
 
 def _verdict(results: Mapping[str, Any]) -> str:

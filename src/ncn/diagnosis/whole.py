@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ncn.brain_scan import Scan
 from ncn.data import TokenDataset
@@ -26,6 +27,7 @@ from ncn.errors import UserError
 from ncn.model import ModulatedTransformer
 from ncn.progress import ProgressReport
 from ncn.published import PublishedNCN
+from ncn.runs import describe_environment
 from ncn.tokenizer import Tokenizer
 
 DEFAULT_TOKENS = 32_768
@@ -125,6 +127,7 @@ def diagnose(
         "resampled": "documents" if record.documents >= FEW_DOCUMENTS else "texts",
         "units": resampling.units,
         "seed": seed,
+        "environment": describe_environment(torch.device("cpu")),
         "causality": {"causal": causal, "change_from_later_token": later},
         "loss": loss.as_dict(),
         "verdict": verdict(record, explained, frozen, causal=causal),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from ncn.errors import UserError
 from ncn.experiments.intervals import Interval
@@ -25,8 +26,8 @@ from ncn.experiments.learning_curve import (
     Unit,
     make_curve,
 )
-from ncn.page import table, write_page
-from ncn.runs import RunFolder, read_json, write_json
+from ncn.page import origin, table, write_page
+from ncn.runs import RunFolder, describe_environment, read_json, write_json
 
 PUBLISHED = "published"
 SHARES = (0.95, 0.99)
@@ -232,10 +233,11 @@ def write_report(result: Efficiency, out: Path) -> list[Path]:
     from ncn.plot.efficiency import draw_curves, draw_slopes
 
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "efficiency.json", result.as_dict())
+    environment = describe_environment(torch.device("cpu"))
+    write_json(out / "efficiency.json", {**result.as_dict(), "environment": environment})
     draw_curves(result.curves, out / "efficiency-curves.png")
     draw_slopes(result.curves, out / "efficiency-slopes.png")
-    pages = write_page(out / "efficiency.md", "What each token bought", _text(result))
+    pages = write_page(out / "efficiency.md", "What each token bought", f"{_text(result)}\n\n{origin(environment)}")
     return [out / "efficiency.json", out / "efficiency-curves.png", out / "efficiency-slopes.png", *pages]
 
 

@@ -12,7 +12,7 @@ from ncn.errors import UserError
 from ncn.experiments.comparisons import missing, summarise
 from ncn.experiments.results import Experiment
 from ncn.experiments.statistics import MEASURES
-from ncn.page import table, write_page
+from ncn.page import origin, table, write_page
 from ncn.runs import write_json
 
 NBSP = "\N{NO-BREAK SPACE}"  # keeps a number and its interval on one line of a narrow cell
@@ -303,15 +303,11 @@ def _sweep_section(experiment: Experiment, summary: Mapping[str, Any], figures: 
 
 
 def _origin_section(experiment: Experiment) -> str:
-    facts, environment = experiment.facts, experiment.facts["environment"]
-    command = facts["command"]
+    command = experiment.facts["command"]
     line = command if isinstance(command, str) else shlex.join(map(str, command))
-    commit = environment.get("commit")
-    origin = f", commit {commit[:12]}{' with changes' if environment.get('dirty') else ''}" if commit else ""
     return (
-        "## Where this comes from\n\n"
-        f"`{line}` on {environment.get('device', 'an unnamed device')}, PyTorch {environment.get('torch', 'unknown')}"
-        f"{origin}. Every number on this page is in summary.json beside it, and every run keeps its own folder."
+        f"{origin(experiment.facts['environment'], line)} Every number on this page is in summary.json beside it, and "
+        "every run keeps its own folder."
     )
 
 

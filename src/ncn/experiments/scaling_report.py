@@ -15,7 +15,7 @@ from ncn.experiments.ladder import short
 from ncn.experiments.scale import ARMS, run_path
 from ncn.experiments.scaling_law import IDENTIFIED, Point, ScalingFit, fit_scaling_law
 from ncn.experiments.scaling_trend import FARTHEST, TARGETS, Trend, gap_trend, hold_out_largest, project
-from ncn.page import table, write_page
+from ncn.page import origin, table, write_page
 from ncn.runs import RunFolder, read_json, write_json
 
 
@@ -198,6 +198,7 @@ def _text(result: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
             [_projection_row(row) for row in result["projection"]],
         ),
         "![Projection](scaling-projection.png)\n",
+        origin(facts["environment"], facts["command"]),
     ]
     return "\n".join(parts)
 
