@@ -204,3 +204,12 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     assert "cannot read" in complaint(Recipe.read, tmp_path / "latin.yaml")
     (tmp_path / "folder.yaml").mkdir()
     assert "cannot read" in complaint(Recipe.read, tmp_path / "folder.yaml")
+
+
+def test_a_tap_at_every_layer_follows_the_number_of_layers() -> None:
+    config = small(controller={"taps": "every"})
+    assert config.controller is not None
+    for layers in (1, 2, 5):
+        assert config.controller.taps_in(layers) == tuple(range(layers))
+    assert config.override(num_layers=5).controller == config.controller
+    assert "every" in complaint(small, controller={"taps": "all"})

@@ -26,13 +26,21 @@ def test_kinds(kind: str, source: type[SignalSource], taps: tuple[int, ...]) -> 
     assert built.taps == taps
 
 
+def test_a_tap_at_every_layer_is_the_same_as_naming_them() -> None:
+    ruled, named = (awake(config({"taps": taps})) for taps in ("every", [0, 1, 2]))
+    named.load_state_dict(ruled.state_dict())
+    assert ruled.controller.taps == (0, 1, 2)
+    one, other = signals(ruled, text(12)), signals(named, text(12))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_no_controller() -> None:
     assert signal_source(config(None)) is None
 
 
 def test_signals_of_a_tap_do_not_see_the_layers_below_it_unless_it_is_deeper() -> None:
     input_ids = text(12)
-    for taps, moved in (([0], []), ([0, 2], [2])):
+    for taps, moved in (([0], []), ([0, 2], [2]), ("every", [2])):
         model = awake(config({"taps": taps}))
         before = signals(model, input_ids)["gain"]
         with torch.no_grad():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ncn.errors import UserError
 
@@ -84,6 +84,13 @@ class ControllerConfig(_Config):
         if not self.taps or self.taps[0] != 0 or list(self.taps) != sorted(set(self.taps)):
             raise ValueError(f"controller.taps must start at 0 and increase, got {list(self.taps)}")
         return self
+
+    @field_validator("taps", mode="before")
+    @classmethod
+    def _taps_have_a_form(cls, taps: object) -> object:
+        if isinstance(taps, (str, int)) and taps != "every":
+            raise ValueError(f"controller.taps is {taps!r}; it must be a list of layers, such as [0,2], or every")
+        return taps
 
     def taps_in(self, num_layers: int) -> tuple[int, ...]:
         """The tapped layers of a model with `num_layers` layers."""
