@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ncn.errors import UserError
     from ncn.evaluate import bits_per_byte
     from ncn.model import ModelOutput, ModulatedTransformer
+    from ncn.retrofit import attach, load_controller
     from ncn.scanner import scan
     from ncn.store import load, save_model
     from ncn.tokenizer import Tokenizer
@@ -33,9 +34,11 @@ _HOMES = {
     "Tokenizer": "tokenizer",
     "TrainConfig": "config",
     "UserError": "errors",
+    "attach": "retrofit",
     "bits_per_byte": "evaluate",
     "diagnose": "diagnosis",
     "load": "store",
+    "load_controller": "retrofit",
     "published": "published",
     "save_model": "store",
     "scan": "scanner",
@@ -54,9 +57,11 @@ __all__ = [
     "Tokenizer",
     "TrainConfig",
     "UserError",
+    "attach",
     "bits_per_byte",
     "diagnose",
     "load",
+    "load_controller",
     "published",
     "save_model",
     "scan",

@@ -32,12 +32,16 @@ class Factors(NamedTuple):
 UNMODULATED = Factors(None, None, None, None)
 
 
-def layer_factors(signals: Mapping[str, Signal]) -> list[Factors]:
-    """The factors of every layer that the signals serve, worked out for all layers at once."""
+def layer_factors(signals: Mapping[str, Signal], *, gain_on_heads: bool = True) -> list[Factors]:
+    """The factors of every layer that the signals serve, worked out for all layers at once.
+
+    `gain_on_heads`: let the heads' outputs carry the attention's gain where they are scaled anyway, which is the same
+    if nothing but a linear projection without a bias lies between.
+    """
     gain, precision = signals.get("gain"), signals.get("precision")
     head, ffn = signals.get("head_gate"), signals.get("ffn_gate")
     attention, ffn_gain = (gain, gain) if gain is None or gain.ndim == 3 else gain.unbind(-1)
-    if head is not None and attention is not None:
+    if gain_on_heads and head is not None and attention is not None:
         # the output projection is linear, g · W(η o) = W(g η o), which saves a pass over memory
         head, attention = head * attention.unsqueeze(-1), None
     if ffn_gain is not None:

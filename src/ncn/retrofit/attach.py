@@ -1,0 +1,385 @@
+"""Attaching a controller to a transformers model, and all that the handle can do.
+
+The signals of a forward pass travel in a `Carrier`, as a keyword argument, through the decoder into every layer and its
+attention. So a layer that gradient checkpointing computes a second time, perhaps after other forward passes, meets the
+signals of its own. The sites further inside get no keyword arguments; the attention module, which does and runs before
+them, leaves its layer's factors where they find them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from ncn.cache import Cache
+from ncn.config import ControllerConfig, NCNConfig
+from ncn.controller import SignalSource, signal_source
+from ncn.errors import UserError
+from ncn.hf.cache import state_of
+from ncn.modulation import Factors, layer_factors, scale
+from ncn.retrofit.attention import CARRIER, use_sharpened_attention
+from ncn.retrofit.families import Family, LayerSites, family_of, find_sites
+from ncn.retrofit.masks import real_tokens
+from ncn.segments import find_segments
+from ncn.signals import SIGNALS, SignalLayout, homeostatic_loss
+
+NAME = "ncn_controller"
+"""What the controller is called among the model's modules while it is attached."""
+LONGEST_MEMORY = 2048
+"""Tokens; the slowest salience head of a new controller fades over the base's context, and at most over these."""
+
+
+@dataclass(eq=False)
+class Carrier:
+    """What one forward pass hands from hook to hook."""
+
+    mask: Any
+    cache: Cache | None
+    segments: Tensor | None = None
+    tokens: int = 0
+    factors: dict[int, Factors] = field(default_factory=dict)
+    signals: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    """By the tap that they come from, each for the layers it serves."""
+
+
+def attach(
+    model: PreTrainedModel,
+    config: ControllerConfig | None = None,
+    *,
+    family: Family | None = None,
+    freeze_base: bool = True,
+) -> AttachedController:
+    """Put a new controller on a decoder of the Hugging Face library. Until it is trained the model computes what it
+    computed before, bit for bit.
+
+    Args:
+        model: a causal language model of one of the architectures in `ncn.retrofit.FAMILIES`, or a PEFT model of one.
+        config: the controller; by default that of `ControllerConfig()`.
+        family: where the sites of another architecture are.
+        freeze_base: whether the model's own parameters stop requiring gradients until `detach`.
+
+    Raises:
+        UserError: a controller is attached already, the architecture is unknown, a site is missing, or a site has no
+            effect on the model's output.
+    """
+    base: Any = model
+    if hasattr(base, "get_base_model"):  # PEFT
+        base = base.get_base_model()
+    if hasattr(base, NAME):
+        raise UserError("this model has a controller already; call detach() on its handle first")
+    if not isinstance(base, PreTrainedModel):
+        raise UserError(f"attach needs a transformers model, not {type(base).__name__}")
+    return AttachedController(base, config or ControllerConfig(), family or family_of(base), freeze_base)
+
+
+class AttachedController:
+    """The handle of a controller on a model."""
+
+    def __init__(self, model: PreTrainedModel, config: ControllerConfig, family: Family, freeze_base: bool) -> None:
+        self.model, self.config = model, config
+        self.decoder, self.sites = find_sites(model, family)
+        self.core_config = core_config(self.decoder, config, len(self.sites))
+        self.layout = SignalLayout.of(self.core_config)
+        controller = signal_source(self.core_config)
+        assert controller is not None
+        self.controller: SignalSource = controller
+        self.controller.reset_parameters()
+        self.controller.to(next(self.decoder.parameters()).device)
+        self._enabled = True
+        self._frozen: Mapping[str, Tensor] = {}
+        self._probe: dict[int, Factors] | None = None
+        self._current: dict[int, Factors | None] = {}
+        self._last: dict[str, Tensor] = {}
+        self._last_mask: Tensor | None = None
+        self._undo: list[Callable[[], object]] = [use_sharpened_attention(model, self.decoder)]
+        try:
+            self._add_hooks()
+            self._check_sites()
+        except BaseException:
+            self._undo_all()
+            raise
+        self._enter_model(freeze_base)
+
+    # What the user has in hand
+
+    @property
+    def signals(self) -> dict[str, Tensor]:
+        """The signals of the last forward pass, (batch, tokens, layers[, sites]) by name; with their graph, if that
+        pass had one. Raises `UserError` before the first pass."""
+        if not self._last:
+            raise UserError("there are no signals yet: run the model first, with its controller enabled")
+        return self._last
+
+    def homeostatic_loss(self) -> Tensor:
+        """Equation (6) without λ, for the last forward pass: a scalar."""
+        return homeostatic_loss(self.signals)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The controller's parameters."""
+        return self.controller.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The controller's parameters with their names in the saved file."""
+        return self.controller.named_parameters()
+
+    def num_parameters(self) -> int:
+        """How many numbers the controller has."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """The model without its controller, inside a `with` block."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    @contextmanager
+    def frozen_at(self, value: Literal["neutral", "mean"] | Mapping[str, Tensor]) -> Iterator[None]:
+        """Signals held still inside a `with` block.
+
+        Args:
+            value: "neutral", where no signal has any effect; "mean", the mean of every layer and head over the real
+                tokens of the last forward pass; or tensors (layers[, sites]) by name, for the signals to hold.
+        """
+        before = self._frozen
+        self._frozen = self.still(value) if isinstance(value, str) else value
+        try:
+            yield
+        finally:
+            self._frozen = before
+
+    def still(self, value: str) -> dict[str, Tensor]:
+        """The tensors (layers[, sites]) that `frozen_at` holds the signals at."""
+        if value == "mean":
+            signals = {name: signal.detach() for name, signal in self.signals.items()}
+            if self._last_mask is None:
+                return {name: signal.mean((0, 1)) for name, signal in signals.items()}
+            return {name: signal[self._last_mask].mean(0) for name, signal in signals.items()}
+        if value == "neutral":
+            shapes = zip(self.layout.names, self.layout.shapes, strict=True)
+            device = next(self.parameters()).device
+            return {
+                name: torch.full((len(self.sites), *shape), SIGNALS[name].neutral, device=device)
+                for name, shape in shapes
+            }
+        raise UserError(f"signals can be frozen at 'neutral' or 'mean', not at {value!r}")
+
+    def save(self, folder: str | Path) -> None:
+        """Write `controller.safetensors` and `controller.json` to `folder`; see `ncn.load_controller`."""
+        from ncn.retrofit.files import save_controller
+
+        save_controller(self, Path(folder))
+
+    def detach(self) -> None:
+        """Take the controller off. The model is as it was before `attach`; the handle's parameters remain."""
+        if getattr(self.model, NAME, None) is not self.controller:
+            raise UserError("this controller is not attached any more")
+        self._undo_all()
+        self._current, self._last, self._last_mask = {}, {}, None
+
+    # How it gets there
+
+    def _enter_model(self, freeze_base: bool) -> None:
+        """Among the model's modules, where `to`, `train` and optimizers find it."""
+        if freeze_base:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.requires_grad_(False)
+                    self._undo.append(lambda parameter=parameter: parameter.requires_grad_(True))  # type: ignore[misc]
+        generation: Any = self.model.generation_config
+        if generation is not None:
+            # The controller's state grows by a slot at each token: a compiled step would be compiled anew each time.
+            before, generation.disable_compile = generation.disable_compile, True
+            self._undo.append(lambda: setattr(generation, "disable_compile", before))
+        self.controller.train(self.model.training)
+        self.model.add_module(NAME, self.controller)
+        self._undo.append(lambda: delattr(self.model, NAME))
+
+    def _undo_all(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _add_hooks(self) -> None:
+        add = self._undo.append
+        add(self.decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        add(self.decoder.register_forward_hook(self._end, with_kwargs=True).remove)
+        for index, sites in enumerate(self.sites):
+            add(sites.layer.register_forward_pre_hook(self._tap(index), with_kwargs=True).remove)
+            add(sites.attention.register_forward_pre_hook(self._unpack(index), with_kwargs=True).remove)
+            add(sites.projection.register_forward_pre_hook(self._gate_heads(index)).remove)
+            add(sites.attention_output.register_forward_hook(self._scale_output(index, "attention")).remove)
+            add(sites.ffn_output.register_forward_hook(self._scale_output(index, "ffn")).remove)
+
+    def _begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if not self._enabled:
+            return None
+        kwargs = dict(kwargs)
+        config: Any = module.config
+        use_cache = kwargs.get("use_cache")
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if use_cache and kwargs.get("past_key_values") is None and not module.training:
+            kwargs["past_key_values"] = DynamicCache(config=config)  # as the decoder does, but here it gets our state
+        host = kwargs.get("past_key_values") if use_cache else None
+        self._refuse_reentrant(module)
+        mask = kwargs.get("attention_mask")
+        kwargs[CARRIER] = Carrier(mask, None if host is None or module.training else state_of(host))
+        return args, kwargs
+
+    def _refuse_reentrant(self, decoder: nn.Module) -> None:
+        layer: Any = self.sites[0].layer
+        if decoder.training and getattr(layer, "gradient_checkpointing", False):
+            keywords = getattr(layer._gradient_checkpointing_func, "keywords", {})
+            if keywords.get("use_reentrant", True):
+                raise UserError(
+                    "reentrant gradient checkpointing returns no gradients to the controller; call "
+                    'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+                )
+
+    def _tap(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            carrier: Carrier | None = kwargs.get(CARRIER)
+            if carrier is None:
+                return
+            if self._probe is not None:
+                carrier.factors = self._probe
+                return
+            hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+            if index == 0:
+                self._find_segments(carrier, hidden)
+            if index in self.controller.taps:
+                self._control(carrier, index, hidden)
+
+        return hook
+
+    def _find_segments(self, carrier: Carrier, hidden: Tensor) -> None:
+        carrier.tokens = hidden.shape[1]
+        start = 0 if carrier.cache is None else carrier.cache.length
+        if carrier.cache is not None:
+            carrier.cache.check_batch(hidden.shape[0])
+        mask = real_tokens(carrier.mask, carrier.tokens, start)
+        carrier.segments = find_segments(self.core_config, hidden, None, mask, carrier.cache)
+
+    def _control(self, carrier: Carrier, tap: int, hidden: Tensor) -> None:
+        signals = self.layout.split(self.controller(tap, hidden, carrier.segments, carrier.cache))
+        if self._frozen:
+            served = slice(tap, tap + next(iter(signals.values())).shape[2])
+            signals = {
+                name: self._frozen[name][served].to(signal).expand(signal.shape) if name in self._frozen else signal
+                for name, signal in signals.items()
+            }
+        carrier.signals[tap] = signals
+        # the projection may have a bias or be followed by a norm, so that gain cannot ride on the heads
+        for offset, factors in enumerate(layer_factors(signals, gain_on_heads=False)):
+            carrier.factors[tap + offset] = factors
+
+    def _unpack(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            carrier: Carrier | None = kwargs.get(CARRIER)
+            self._current[index] = None if carrier is None else carrier.factors[index]
+
+        return hook
+
+    def _gate_heads(self, index: int) -> Callable[..., Any]:
+        heads = self.core_config.num_heads
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            factors = self._current.get(index)
+            if factors is None or factors.head is None:
+                return None
+            return (scale(args[0].unflatten(-1, (heads, -1)), factors.head).flatten(-2), *args[1:])
+
+        return hook
+
+    def _scale_output(self, index: int, site: Literal["attention", "ffn"]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            factors = self._current.get(index)
+            if site == "ffn":  # the last site of a layer
+                self._current[index] = None
+            factor = None if factors is None else getattr(factors, site)
+            if factor is None:
+                return None
+            if isinstance(output, tuple):
+                return (scale(output[0], factor), *output[1:])
+            return scale(output, factor)
+
+        return hook
+
+    def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        carrier: Carrier | None = kwargs.get(CARRIER)
+        if carrier is None or self._probe is not None:
+            return
+        taps = sorted(carrier.signals)
+        self._last = {
+            name: torch.cat([carrier.signals[tap][name] for tap in taps], 2) for name in self.layout.names
+        }
+        self._last_mask = None if carrier.segments is None else carrier.segments > 0
+        if carrier.cache is not None:
+            carrier.cache.advance(carrier.tokens)
+
+    def _check_sites(self) -> None:
+        """One small forward and backward pass: does the output depend on every factor of every layer?"""
+        tokens, heads = 4, self.core_config.num_heads
+        device = next(self.decoder.parameters()).device
+        used = {
+            "query": ("precision", (1, tokens, heads, 1)),
+            "head": ("head_gate", (1, tokens, heads, 1)),
+            "attention": ("gain", (1, tokens, 1)),
+            "ffn": ("gain", (1, tokens, 1)),
+        }
+        probe = {
+            index: Factors(**{site: torch.ones(shape, device=device, requires_grad=True) for site, (_, shape) in used.items()})
+            for index in range(len(self.sites))
+        }
+        training = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        self._probe = probe
+        try:
+            with torch.enable_grad():
+                ids = torch.arange(1, tokens + 1, device=device)[None] % self.core_config.vocab_size
+                logits = self.model(input_ids=ids, use_cache=False).logits.float()
+                weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(device)
+                leaves = [getattr(factors, site) for factors in probe.values() for site in used]
+                grads = torch.autograd.grad((logits.log_softmax(-1) * weights).sum(), leaves, allow_unused=True)
+        finally:
+            self._probe = None
+            for module, flag in training.items():
+                module.training = flag
+        strengths = torch.tensor([0.0 if grad is None else grad.abs().max().item() for grad in grads])
+        strengths = strengths.view(len(probe), len(used))
+        for column, (site, (signal, _)) in enumerate(used.items()):
+            for index, strength in enumerate(strengths[:, column].tolist()):
+                if not strength > 1e-6 * strengths[:, column].max().item():
+                    raise UserError(
+                        f"{signal} has no effect on the {site} site of layer {index}: what the Family names as that "
+                        "site is not on the way to the output, or a norm behind it undoes what is done there"
+                    )
+
+
+def core_config(decoder: nn.Module, controller: ControllerConfig, layers: int) -> NCNConfig:
+    """The base's shape in the words of `NCNConfig`, from which the controller is built."""
+    config: Any = decoder.config
+    if config.num_hidden_layers != layers:
+        raise UserError(
+            f"the model has {layers} layers, and its configuration says {config.num_hidden_layers}; correct the Family"
+        )
+    return NCNConfig(
+        vocab_size=config.vocab_size,
+        d_model=config.hidden_size,
+        num_layers=layers,
+        num_heads=config.num_attention_heads,
+        context_length=min(config.max_position_embeddings, LONGEST_MEMORY),
+        positions="learned",
+        cross_documents=True,
+        controller=controller,
+    )

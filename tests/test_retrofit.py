@@ -1,0 +1,269 @@
+"""A controller on models of others: exact at the start, causal, the same in every way of running, and gone without a
+trace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ncn
+from ncn import UserError
+from retrofits import MODELS, attached, base, ids, wake
+
+pytestmark = pytest.mark.xdist_group("transformers")
+EVERY = pytest.mark.parametrize("name", list(MODELS))
+
+
+@torch.no_grad()
+def logits(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    result: torch.Tensor = model(input_ids=input_ids, use_cache=False, **kwargs).logits
+    return result
+
+
+@EVERY
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attached_at_its_start_a_model_is_its_base_bit_for_bit(name: str, attention: str, dtype: torch.dtype) -> None:
+    model = base(name, attention=attention, dtype=dtype)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    before = logits(model, ids()), logits(model, ids(), attention_mask=mask)
+    ncn.attach(model, ncn.ControllerConfig(gain_per="sublayer"))
+    assert torch.equal(logits(model, ids()), before[0])
+    assert torch.equal(logits(model, ids(), attention_mask=mask)[mask.bool()], before[1][mask.bool()])
+
+
+def traces(model: Any) -> dict[str, Any]:
+    """All that an attached controller could leave behind."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    return {
+        "attributes": {path: sorted(vars(module)) for path, module in model.named_modules()},
+        "hooks": {path: [dict(getattr(module, hook)) for hook in hooks] for path, module in model.named_modules()},
+        "training": {path: module.training for path, module in model.named_modules()},
+        "keys": list(model.state_dict()),
+        "grads": {path: (parameter.requires_grad, parameter.grad) for path, parameter in model.named_parameters()},
+        "attention": model.config._attn_implementation,
+        "config": model.config.to_dict(),
+        "generation": model.generation_config.to_dict(),
+    }
+
+
+@EVERY
+def test_detached_a_model_is_its_base_with_nothing_left_behind(name: str) -> None:
+    model = base(name)
+    next(model.parameters()).requires_grad_(False)
+    before, said = traces(model), logits(model, ids())
+    handle = wake(ncn.attach(model))
+    assert not torch.allclose(logits(model, ids()), said)
+    assert traces(model) != before
+    handle.detach()
+    assert torch.equal(logits(model, ids()), said)
+    assert traces(model) == before
+    with pytest.raises(UserError, match="not attached any more"):
+        handle.detach()
+
+
+@EVERY
+def test_every_signal_of_every_layer_changes_the_output_and_gets_a_gradient(name: str) -> None:
+    model, handle = attached(name)
+    model(input_ids=ids(), use_cache=False)
+    for signal in handle.signals.values():
+        assert signal.shape[:3] == (2, 12, 3)
+        for layer in range(3):
+            assert signal[:, :, layer].flatten(0, 1).std(0).min() > 1e-5
+    output = model(input_ids=ids(), use_cache=False)
+    grads = torch.autograd.grad(output.logits.log_softmax(-1)[..., 5].sum(), list(handle.signals.values()))
+    for signal, grad in zip(handle.signals, grads, strict=True):
+        strength = grad.abs().flatten(3).amax(-1).flatten(0, 1).amax(0)
+        assert (strength > 1e-7).all(), (signal, strength)
+
+
+@EVERY
+def test_later_tokens_change_nothing(name: str) -> None:
+    model, handle = attached(name)
+    one, other = ids(), ids()
+    other[:, 8:] = ids(seed=2)[:, 8:]
+    first, signals = logits(model, one), handle.signals
+    second = logits(model, other)
+    assert torch.equal(first[:, :8], second[:, :8])
+    assert all(torch.equal(signals[each][:, :8], handle.signals[each][:, :8]) for each in signals)
+    assert not torch.equal(first[:, 8:], second[:, 8:])
+
+
+def test_precision_is_the_temperature_of_attention() -> None:
+    """Scaling β equals scaling the queries' projection, which for a Llama without QK-norm is the same temperature."""
+    model = base("llama")
+    handle = ncn.attach(model, ncn.ControllerConfig(signals=("precision",)))
+    with handle.frozen_at({"precision": torch.full((3, 4), 2.0)}):
+        sharpened = logits(model, ids())
+    handle.detach()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(2)
+    assert torch.allclose(sharpened, logits(model, ids()), atol=1e-5)
+
+
+@EVERY
+def test_decoding_says_what_the_whole_forward_says(name: str) -> None:
+    model, handle = attached(name)
+    text = ids(20)
+    mask = torch.ones_like(text)
+    mask[0, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    whole = logits(model, text, attention_mask=mask, position_ids=positions)
+    signals = handle.signals
+    cache, parts, seen = None, [], []
+    for begin, end in [(0, 9), (9, 10), (10, 13), (13, 14), (14, 20)]:
+        with torch.no_grad():
+            output = model(
+                input_ids=text[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache,
+                position_ids=positions[:, begin:end], use_cache=True,
+            )  # fmt: skip
+        cache = output.past_key_values
+        parts.append(output.logits)
+        seen.append(handle.signals)
+    real = mask.bool()
+    assert torch.allclose(torch.cat(parts, 1)[real], whole[real], atol=2e-4)
+    for each, signal in signals.items():
+        assert torch.allclose(torch.cat([part[each] for part in seen], 1)[real], signal[real], atol=1e-5)
+    # a padded row is what it is alone
+    alone = logits(model, text[:1, 4:])
+    assert torch.allclose(whole[:1, 4:], alone, atol=2e-4)
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"cache_implementation": "static"}, {"do_sample": True, "top_k": 10}],
+    ids=["greedy", "beam", "static", "sampling"],
+)
+def test_generation_from_a_padded_batch_is_that_without_a_cache(name: str, options: dict[str, Any]) -> None:
+    model, _ = attached(name)
+    text = ids(9)
+    mask = torch.ones_like(text)
+    mask[0, :4] = 0
+    text[0, :4] = 0
+    made = []
+    for extra in (options, {key: value for key, value in options.items() if key != "cache_implementation"}):
+        torch.manual_seed(3)
+        made.append(
+            model.generate(
+                text, attention_mask=mask, max_new_tokens=8, use_cache=extra is options, eos_token_id=None, **extra
+            )
+        )
+    assert torch.equal(made[0], made[1])
+
+
+@EVERY
+def test_gradient_checkpointing_keeps_the_gradients_of_passes_side_by_side(name: str) -> None:
+    """Two forward passes before one backward pass: a layer computed again must meet the signals of its own pass."""
+
+    def gradients(checkpointing: bool) -> list[torch.Tensor]:
+        model, handle = attached(name)
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        losses = [model(input_ids=ids(seed=seed), labels=ids(seed=seed), use_cache=False).loss for seed in (1, 2)]
+        (losses[0] + 2 * losses[1]).backward()
+        assert all(parameter.grad is None for key, parameter in model.named_parameters() if "ncn" not in key)
+        return [parameter.grad for parameter in handle.parameters()]
+
+    if name == "gpt2":
+        MODELS["gpt2"].update(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    for plain, again in zip(gradients(False), gradients(True), strict=True):
+        assert plain.abs().max() > 0
+        assert torch.allclose(plain, again, rtol=1e-4, atol=1e-7)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    model, _ = attached("llama")
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(UserError, match="use_reentrant"):
+        model(input_ids=ids())
+
+
+def test_disabled_and_frozen_at_neutral_a_model_is_its_base() -> None:
+    model, handle = attached("llama")
+    awake = logits(model, ids())
+    with handle.disable():
+        off = logits(model, ids())
+    with handle.frozen_at("neutral"):
+        neutral = logits(model, ids())
+        assert all((signal == 1).all() for signal in handle.signals.values())
+    assert torch.equal(logits(model, ids()), awake)
+    handle.detach()
+    assert torch.equal(off, logits(model, ids()))
+    assert torch.equal(neutral, off)
+    assert not torch.allclose(off, awake)
+
+
+def test_frozen_at_their_means_signals_keep_their_level_and_leave_out_padding() -> None:
+    model, handle = attached("llama")
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    logits(model, ids(), attention_mask=mask)
+    expected = {name: signal[mask.bool()].mean(0) for name, signal in handle.signals.items()}
+    with handle.frozen_at("mean"):
+        logits(model, ids(seed=9))
+        for name, signal in handle.signals.items():
+            assert torch.allclose(signal, expected[name].expand_as(signal))
+
+
+@pytest.mark.parametrize("kind", ["static", "local"])
+def test_the_control_arms_can_be_attached_too(kind: str) -> None:
+    model = base("llama")
+    before = logits(model, ids())
+    handle = ncn.attach(model, ncn.ControllerConfig(kind=kind))
+    assert torch.equal(logits(model, ids()), before)
+    varies = (wake(handle).num_parameters() > 0) and kind == "local"
+    logits(model, ids())
+    assert all((signal.flatten(0, 1).std(0) > 1e-6).all() == varies for signal in handle.signals.values())
+
+
+@pytest.mark.parametrize("taps", [(0,), (0, 2), "every"])
+def test_taps(taps: Any) -> None:
+    model, handle = attached("qwen3", controller={"taps": taps})
+    logits(model, ids())
+    assert all(signal.shape[2] == 3 for signal in handle.signals.values())
+
+
+def refused(call: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_wrong_uses_are_one_line_each() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ncn.retrofit import FAMILIES, Family
+
+    model, handle = attached("llama")
+    assert "has a controller already" in refused(lambda: ncn.attach(model))
+    handle.detach()
+    assert "no signals yet" in refused(lambda: handle.signals)
+    assert "not Linear" in refused(lambda: ncn.attach(torch.nn.Linear(1, 1)))
+    assert "'sites'" in refused(lambda: handle.still("sites"))
+    wrong = Family(**vars(FAMILIES["llama"]) | {"projection": "self_attn.out"})
+    text = refused(lambda: ncn.attach(model, family=wrong))
+    assert "layer 0 has no module 'self_attn.out'" in text
+    before = traces(model)
+    ineffective = Family(**vars(FAMILIES["llama"]) | {"projection": "mlp.down_proj"})
+    assert "head_gate has no effect" in refused(lambda: ncn.attach(model, family=ineffective))
+    assert traces(model) == before
+    bloom = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", hidden_size=16, n_layer=1, n_head=2))
+    text = refused(lambda: ncn.attach(bloom))
+    assert "'bloom'" in text
+    assert "Family(decoder, layers" in text
+
+
+def test_a_norm_behind_a_site_is_found() -> None:
+    """Gemma's norm after a sublayer undoes any gain before it: a row that says otherwise is refused."""
+    from ncn.retrofit import FAMILIES
+
+    text = refused(lambda: ncn.attach(base("gemma2"), family=FAMILIES["llama"]))
+    assert "has no effect" in text
