@@ -27,6 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {
         "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
     },
     "gpt_neox": _SHAPE,
     "llama": _SHAPE | _GROUPED,
@@ -40,7 +41,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def base(name: str, *, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+def base(name: str, *, attention: str | None = None, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
     """A model in evaluation mode, its weights larger than at a usual start, so that its layers matter."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **MODELS[name] | fields)

@@ -19,13 +19,13 @@ from ncn.types import Signal
 class Factors(NamedTuple):
     """One layer's factors, each with a last axis of 1 for the row of numbers that it multiplies; None: no factor."""
 
-    query: Float[Tensor, "batch tokens sites 1"] | None
+    query: Float[Tensor, "batch tokens sites _"] | None
     """β, on the queries of every head or of all."""
-    head: Float[Tensor, "batch tokens heads 1"] | None
+    head: Float[Tensor, "batch tokens heads _"] | None
     """g · η, on the heads' outputs."""
-    attention: Float[Tensor, "batch tokens 1"] | None
+    attention: Float[Tensor, "batch tokens _"] | None
     """g, on the attention's output where the heads' outputs do not carry it."""
-    ffn: Float[Tensor, "batch tokens 1"] | None
+    ffn: Float[Tensor, "batch tokens _"] | None
     """g · γ, on the feed-forward output."""
 
 
@@ -56,9 +56,9 @@ def layer_factors(signals: Mapping[str, Signal], *, gain_on_heads: bool = True) 
     return [Factors(*row) for row in zip(*columns, strict=True)]
 
 
-def scale(x: Float[Tensor, "*rows width"], factor: Float[Tensor, "*#rows 1"]) -> Float[Tensor, "*rows width"]:
-    """x · factor, in the precision of `x`."""
-    if not torch.is_grad_enabled():
+def scale(x: Float[Tensor, "*rows width"], factor: Float[Tensor, "*#rows #width"]) -> Float[Tensor, "*rows width"]:
+    """x · factor, in the precision of `x`. (A factor as wide as the row is multiplied plainly.)"""
+    if not torch.is_grad_enabled() or factor.shape[-1] != 1:
         return _scaled(x, factor)
     result: Tensor = _Scale.apply(x, factor)  # type: ignore[no-untyped-call]
     return result

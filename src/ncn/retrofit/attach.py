@@ -34,6 +34,7 @@ NAME = "ncn_controller"
 """What the controller is called among the model's modules while it is attached."""
 LONGEST_MEMORY = 2048
 """Tokens; the slowest salience head of a new controller fades over the base's context, and at most over these."""
+_CANCELS = 1e-4
 
 
 @dataclass(eq=False)
@@ -50,7 +51,7 @@ class Carrier:
 
 
 def attach(
-    model: PreTrainedModel,
+    model: nn.Module,
     config: ControllerConfig | None = None,
     *,
     family: Family | None = None,
@@ -297,7 +298,13 @@ class AttachedController:
             factors = self._current.get(index)
             if factors is None or factors.head is None:
                 return None
-            return (scale(args[0].unflatten(-1, (heads, -1)), factors.head).flatten(-2), *args[1:])
+            outputs = args[0].unflatten(-1, (heads, -1))
+            if self._probe is not None and outputs.shape != factors.head.shape:
+                raise UserError(
+                    f"the projection that the Family names reads {args[0].shape[-1]} numbers, which are not "
+                    f"{heads} heads of {factors.head.shape[-1]}; name the module that joins the heads"
+                )
+            return (scale(outputs, factors.head).flatten(-2), *args[1:])
 
         return hook
 
@@ -319,51 +326,74 @@ class AttachedController:
         carrier: Carrier | None = kwargs.get(CARRIER)
         if carrier is None or self._probe is not None:
             return
-        taps = sorted(carrier.signals)
-        self._last = {
-            name: torch.cat([carrier.signals[tap][name] for tap in taps], 2) for name in self.layout.names
+        parts = [carrier.signals[tap] for tap in sorted(carrier.signals)]
+        self._last = parts[0] if len(parts) == 1 else {
+            name: torch.cat([part[name] for part in parts], 2) for name in self.layout.names
         }
         self._last_mask = None if carrier.segments is None else carrier.segments > 0
         if carrier.cache is not None:
             carrier.cache.advance(carrier.tokens)
 
     def _check_sites(self) -> None:
-        """One small forward and backward pass: does the output depend on every factor of every layer?"""
+        """One small forward and backward pass: is every site of every layer on the way to the output, and does its
+        scale matter there?
+
+        The probe has a factor for every number. Where a norm follows that removes any scale, their gradients within a
+        row are not zero, but they cancel.
+        """
         tokens, heads = 4, self.core_config.num_heads
-        device = next(self.decoder.parameters()).device
-        used = {
-            "query": ("precision", (1, tokens, heads, 1)),
-            "head": ("head_gate", (1, tokens, heads, 1)),
-            "attention": ("gain", (1, tokens, 1)),
-            "ffn": ("gain", (1, tokens, 1)),
+        config, device = self.decoder.config, next(self.decoder.parameters()).device
+        width: Any = config.hidden_size
+        per_head = (1, tokens, heads, getattr(config, "head_dim", None) or width // heads)
+        sites = {
+            "query": ("precision", per_head),
+            "head": ("head_gate", per_head),
+            "attention": ("gain", (1, tokens, width)),
+            "ffn": ("gain and ffn_gate", (1, tokens, width)),
         }
         probe = {
-            index: Factors(**{site: torch.ones(shape, device=device, requires_grad=True) for site, (_, shape) in used.items()})
+            index: Factors(**{site: torch.ones(shape, device=device).requires_grad_() for site, (_, shape) in sites.items()})
             for index in range(len(self.sites))
         }
+        leaves = [getattr(factors, site) for factors in probe.values() for site in sites]
+        grads = iter(self._gradients(probe, leaves, tokens))
+        exact = next(self.decoder.parameters()).dtype in (torch.float32, torch.float64)
+        for index in probe:
+            for site, (signal, _) in sites.items():
+                grad = next(grads)
+                size = torch.zeros(1) if grad is None else grad.abs().sum(-1)
+                if grad is None or not size.max() > 0:
+                    raise UserError(
+                        f"{signal} has no effect on layer {index}: its {site} site, as the Family names it, is not on "
+                        "the way to the output"
+                    )
+                left = (grad.sum(-1).abs() / size).nan_to_num().max().item()
+                if exact and left < _CANCELS:
+                    raise UserError(
+                        f"{signal} has no effect on layer {index}: a norm behind its {site} site, as the Family names "
+                        "it, undoes any scale; name the last module before the residual sum"
+                    )
+
+    def _gradients(self, probe: dict[int, Factors], leaves: list[Tensor], tokens: int) -> tuple[Tensor | None, ...]:
+        """Of a random function of the output, by the factors of the probe."""
         training = {module: module.training for module in self.model.modules()}
         self.model.eval()
         self._probe = probe
+        device = leaves[0].device
+        ids = torch.arange(1, tokens + 1, device=device)[None] % self.core_config.vocab_size
         try:
             with torch.enable_grad():
-                ids = torch.arange(1, tokens + 1, device=device)[None] % self.core_config.vocab_size
-                logits = self.model(input_ids=ids, use_cache=False).logits.float()
+                logits: Tensor = self.model(input_ids=ids, use_cache=False).logits.float()
                 weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(device)
-                leaves = [getattr(factors, site) for factors in probe.values() for site in used]
-                grads = torch.autograd.grad((logits.log_softmax(-1) * weights).sum(), leaves, allow_unused=True)
+                return torch.autograd.grad((logits.log_softmax(-1) * weights).sum(), leaves, allow_unused=True)
+        except RuntimeError as error:
+            problem = str(error).strip().splitlines()[0]
+            raise UserError(f"the model does not run with the sites that the Family names: {problem}") from None
         finally:
             self._probe = None
+            self._current = {}
             for module, flag in training.items():
                 module.training = flag
-        strengths = torch.tensor([0.0 if grad is None else grad.abs().max().item() for grad in grads])
-        strengths = strengths.view(len(probe), len(used))
-        for column, (site, (signal, _)) in enumerate(used.items()):
-            for index, strength in enumerate(strengths[:, column].tolist()):
-                if not strength > 1e-6 * strengths[:, column].max().item():
-                    raise UserError(
-                        f"{signal} has no effect on the {site} site of layer {index}: what the Family names as that "
-                        "site is not on the way to the output, or a norm behind it undoes what is done there"
-                    )
 
 
 def core_config(decoder: nn.Module, controller: ControllerConfig, layers: int) -> NCNConfig:
