@@ -4,6 +4,7 @@ trace."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -341,7 +342,8 @@ def test_the_trainer_trains_the_controller_and_nothing_else(tmp_path: Path) -> N
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
-def test_lora_on_the_same_model(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own call
+def test_lora_on_the_same_model() -> None:
     peft = pytest.importorskip("peft")
     model = base("llama")
     before = logits(model, ids())
@@ -366,11 +368,20 @@ def test_lora_on_the_same_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_compiled(name: str) -> None:
-    model, handle = attached(name)
-    plain, signals = logits(model, ids()), handle.signals
-    compiled = torch.compile(model)
-    assert torch.allclose(logits(compiled, ids()), plain, atol=1e-4)
-    assert all(torch.allclose(handle.signals[each], signals[each], atol=1e-5) for each in signals)
+    """In a process of its own: the compiler does not go with the shape checks of the tests."""
+    script = """
+import sys, torch
+from retrofits import attached, ids
+model, handle = attached(sys.argv[1])
+compiled = torch.compile(model)
+with torch.no_grad():
+    plain, signals = model(input_ids=ids(), use_cache=False).logits, handle.signals
+    torch.testing.assert_close(compiled(input_ids=ids(), use_cache=False).logits, plain, rtol=0, atol=1e-4)
+for each in signals:
+    torch.testing.assert_close(handle.signals[each], signals[each], rtol=0, atol=1e-5)
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    subprocess.run([sys.executable, "-c", script, name], check=True, timeout=280, env=environment)
 
 
 def test_speculative_decoding_crops_the_controllers_memory() -> None:

@@ -25,7 +25,7 @@ from ncn.errors import UserError
 from ncn.hf.cache import state_of
 from ncn.modulation import Factors, layer_factors, scale
 from ncn.retrofit.attention import CARRIER, use_sharpened_attention
-from ncn.retrofit.families import Family, LayerSites, family_of, find_sites
+from ncn.retrofit.families import Family, family_of, find_sites
 from ncn.retrofit.masks import real_tokens
 from ncn.segments import find_segments
 from ncn.signals import SIGNALS, SignalLayout, homeostatic_loss
@@ -327,9 +327,11 @@ class AttachedController:
         if carrier is None or self._probe is not None:
             return
         parts = [carrier.signals[tap] for tap in sorted(carrier.signals)]
-        self._last = parts[0] if len(parts) == 1 else {
-            name: torch.cat([part[name] for part in parts], 2) for name in self.layout.names
-        }
+        self._last = (
+            parts[0]
+            if len(parts) == 1
+            else {name: torch.cat([part[name] for part in parts], 2) for name in self.layout.names}
+        )
         self._last_mask = None if carrier.segments is None else carrier.segments > 0
         if carrier.cache is not None:
             carrier.cache.advance(carrier.tokens)
@@ -352,7 +354,9 @@ class AttachedController:
             "ffn": ("gain and ffn_gate", (1, tokens, width)),
         }
         probe = {
-            index: Factors(**{site: torch.ones(shape, device=device).requires_grad_() for site, (_, shape) in sites.items()})
+            index: Factors(
+                **{site: torch.ones(shape, device=device).requires_grad_() for site, (_, shape) in sites.items()}
+            )
             for index in range(len(self.sites))
         }
         leaves = [getattr(factors, site) for factors in probe.values() for site in sites]

@@ -1,4 +1,4 @@
-"""Controllers on disk: `controller.safetensors` and `controller.json`, a few hundred KB beside the base that they fit."""
+"""Controllers on disk: `controller.safetensors` and `controller.json`, a few hundred KB beside the base they fit."""
 
 from __future__ import annotations
 
