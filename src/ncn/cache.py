@@ -7,6 +7,8 @@ to a cache is done to all of it alike: cropping forgets the last slots, reorderi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -21,6 +23,8 @@ class Cache:
         """`capacity` is the number of slots to allocate at first; a cache grows beyond it by doubling."""
         self.length = 0
         """Slots held before the tokens at hand; `advance` moves it once all layers have written."""
+        self.foreign: Any = None
+        """The cache of a model that keeps its own, which then holds everything but the length."""
         self._capacity = capacity
         self._slots: dict[str, Tensor] = {}
 

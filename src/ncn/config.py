@@ -211,6 +211,9 @@ class Recipe(_Config):
 
     model: NCNConfig
     train: TrainConfig = TrainConfig()
+    base: str | None = Field(
+        None, description="folder or hub name of a transformers model; only a controller on it is then trained"
+    )
 
     @classmethod
     def preset(cls, name: str) -> Recipe:

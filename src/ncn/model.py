@@ -188,7 +188,7 @@ class ModulatedTransformer(nn.Module):
                 tapped = embeddings if index == 0 else x
                 signals = self.layout.split(self.controller(index, tapped, segments, cache))
                 if frozen:
-                    signals = {name: _freeze(name, signal, frozen, index) for name, signal in signals.items()}
+                    signals = {name: freeze(name, signal, frozen, index) for name, signal in signals.items()}
                 for name, signal in signals.items():
                     collected.setdefault(name, []).append(signal)
                 served, first = layer_factors(signals), index
@@ -324,7 +324,8 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, -1), sine)
 
 
-def _freeze(name: str, signal: Tensor, frozen: Frozen, first: int) -> Tensor:
+def freeze(name: str, signal: Tensor, frozen: Frozen, first: int) -> Tensor:
+    """The signal of the layers from `first` on, replaced where `frozen` names it."""
     if name not in frozen:
         return signal
     value, layers = frozen[name].to(signal), signal.shape[2]

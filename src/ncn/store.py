@@ -44,6 +44,9 @@ def save_model(
     folder = Path(folder)
     if tokenizer is not None:
         _check_vocabulary(model.config, tokenizer)
+    if (save_retrofitted := getattr(model, "save", None)) is not None:  # a controller on a model of others
+        save_retrofitted(folder, tokenizer)
+        return
     dtype = dtype or model.embedding.weight.dtype
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
@@ -100,6 +103,10 @@ def load(
     that of the file. Raises `UserError` when there is no such model, or when its files are damaged or do not fit.
     """
     folder = find(name_or_path)
+    if (folder / "controller.json").is_file():
+        from ncn.retrofit.model import load_retrofitted
+
+        return load_retrofitted(folder)
     model = load_model(folder, dtype=dtype)
     tokenizer = Tokenizer.load(folder)
     _check_vocabulary(model.config, tokenizer)

@@ -266,7 +266,7 @@ def begin(recipe: Recipe, data: str | Path, out: str | Path, *, valid: str | Pat
     device = find_device(recipe.train.device)
     autocast = arithmetic(recipe.train.precision, device)
     torch.manual_seed(recipe.train.seed if recipe.train.init_seed is None else recipe.train.init_seed)
-    model = ModulatedTransformer(recipe.model).to(device)
+    model = _build(recipe, device)
     if valid_set:
         check_same_tokenizer(dataset, valid_set)
     identity = {"data": dataset.fingerprint, "validation": valid_set.fingerprint if valid_set else None}
@@ -276,6 +276,14 @@ def begin(recipe: Recipe, data: str | Path, out: str | Path, *, valid: str | Pat
     else:
         run = RunFolder.create(out, recipe, describe_environment(device, autocast=str(autocast), **identity))
     return Training(recipe, run, dataset, valid_set, model, device, autocast)
+
+
+def _build(recipe: Recipe, device: torch.device) -> ModulatedTransformer:
+    if recipe.base is None:
+        return ModulatedTransformer(recipe.model).to(device)
+    from ncn.retrofit.model import build_retrofitted
+
+    return build_retrofitted(recipe, device)
 
 
 def check_same_tokenizer(data: TokenDataset, valid: TokenDataset) -> None:
@@ -289,14 +297,22 @@ def check_same_tokenizer(data: TokenDataset, valid: TokenDataset) -> None:
 
 def fit_to_data(recipe: Recipe, dataset: TokenDataset) -> Recipe:
     """The recipe with the vocabulary size and the separator of the data."""
-    model = recipe.model.override(vocab_size=dataset.vocab_size, separator_id=dataset.separator_id)
+    changes = {"separator_id": dataset.separator_id}
+    if recipe.base is None:
+        changes["vocab_size"] = dataset.vocab_size
+    elif dataset.vocab_size > recipe.model.vocab_size:
+        raise UserError(
+            f"the data has a vocabulary of {dataset.vocab_size}, and the base one of {recipe.model.vocab_size}; "
+            f"prepare it with --tokenizer {recipe.base}"
+        )
+    model = recipe.model.override(**changes)
     context = recipe.train.context or model.context_length
     if context > model.context_length:
         raise UserError(
             f"train.context ({context}) is longer than the model's context_length ({model.context_length}); "
             "raise context_length"
         )
-    return Recipe(model=model, train=recipe.train)
+    return recipe.model_copy(update={"model": model})
 
 
 def _loop(

@@ -69,6 +69,10 @@ def train(
     ] = None,
     preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(presets())}. [default: mini]")] = None,
     config: Annotated[Path | None, typer.Option(help="Or a recipe file, YAML or JSON.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Train a controller on this transformers model, a folder or hub name; it does not change."),
+    ] = None,
     valid: Annotated[Path | None, typer.Option(help="Dataset folder to validate on.")] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Train without a controller.")] = False,
     compile_model: Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")] = False,
@@ -82,7 +86,12 @@ def train(
     changes += ["train.compile=true"] if compile_model else []
     # A run that is resumed without further words goes on with its own recipe.
     begun = out / "config.json" if resume and (out / "config.json").is_file() else None
-    recipe = Recipe.read(config or preset or begun or "mini", changes)
+    if base:
+        from ncn.retrofit.model import retrofit_recipe
+
+        recipe = retrofit_recipe(base, changes, Recipe.read(source) if (source := config or preset or begun) else None)
+    else:
+        recipe = Recipe.read(config or preset or begun or "mini", changes)
     from ncn.stopping import Interrupted
     from ncn.train import train as run
 

@@ -8,7 +8,7 @@ them, leaves its layer's factors where they find them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from ncn.config import ControllerConfig, NCNConfig
 from ncn.controller import SignalSource, signal_source
 from ncn.errors import UserError
 from ncn.hf.cache import state_of
+from ncn.model import Frozen, freeze
 from ncn.modulation import Factors, layer_factors, scale
 from ncn.retrofit.attention import CARRIER, use_sharpened_attention
 from ncn.retrofit.families import Family, family_of, find_sites
@@ -86,7 +87,7 @@ class AttachedController:
     def __init__(self, model: PreTrainedModel, config: ControllerConfig, family: Family, freeze_base: bool) -> None:
         self.model, self.config = model, config
         self.decoder, self.sites = find_sites(model, family)
-        self.core_config = core_config(self.decoder, config, len(self.sites))
+        self.core_config = core_config(self.decoder.config, config, len(self.sites))
         self.layout = SignalLayout.of(self.core_config)
         controller = signal_source(self.core_config)
         assert controller is not None
@@ -94,7 +95,7 @@ class AttachedController:
         self.controller.reset_parameters()
         self.controller.to(next(self.decoder.parameters()).device)
         self._enabled = True
-        self._frozen: Mapping[str, Tensor] = {}
+        self._frozen: Frozen = {}
         self._probe: dict[int, Factors] | None = None
         self._current: dict[int, Factors | None] = {}
         self._last: dict[str, Tensor] = {}
@@ -144,12 +145,13 @@ class AttachedController:
             self._enabled = before
 
     @contextmanager
-    def frozen_at(self, value: Literal["neutral", "mean"] | Mapping[str, Tensor]) -> Iterator[None]:
+    def frozen_at(self, value: Literal["neutral", "mean"] | Frozen) -> Iterator[None]:
         """Signals held still inside a `with` block.
 
         Args:
             value: "neutral", where no signal has any effect; "mean", the mean of every layer and head over the real
-                tokens of the last forward pass; or tensors (layers[, sites]) by name, for the signals to hold.
+                tokens of the last forward pass; or, by name, tensors that broadcast to (batch, tokens, layers[, sites]),
+                for the signals to hold.
         """
         before = self._frozen
         self._frozen = self.still(value) if isinstance(value, str) else value
@@ -159,26 +161,29 @@ class AttachedController:
             self._frozen = before
 
     def still(self, value: str) -> dict[str, Tensor]:
-        """The tensors (layers[, sites]) that `frozen_at` holds the signals at."""
+        """The tensors (1, 1, layers[, sites]) that `frozen_at` holds the signals at."""
         if value == "mean":
             signals = {name: signal.detach() for name, signal in self.signals.items()}
             if self._last_mask is None:
-                return {name: signal.mean((0, 1)) for name, signal in signals.items()}
-            return {name: signal[self._last_mask].mean(0) for name, signal in signals.items()}
+                return {name: signal.mean((0, 1), keepdim=True) for name, signal in signals.items()}
+            return {name: signal[self._last_mask].mean(0)[None, None] for name, signal in signals.items()}
         if value == "neutral":
             shapes = zip(self.layout.names, self.layout.shapes, strict=True)
             device = next(self.parameters()).device
             return {
-                name: torch.full((len(self.sites), *shape), SIGNALS[name].neutral, device=device)
+                name: torch.full((1, 1, len(self.sites), *shape), SIGNALS[name].neutral, device=device)
                 for name, shape in shapes
             }
         raise UserError(f"signals can be frozen at 'neutral' or 'mean', not at {value!r}")
 
-    def save(self, folder: str | Path) -> None:
-        """Write `controller.safetensors` and `controller.json` to `folder`; see `ncn.load_controller`."""
+    def save(self, folder: str | Path, *, base_name: str | None = None) -> None:
+        """Write `controller.safetensors` and `controller.json` to `folder`; see `ncn.load_controller`.
+
+        `base_name`, the base's folder or hub name, lets `ncn.load` and the command line find the base by themselves.
+        """
         from ncn.retrofit.files import save_controller
 
-        save_controller(self, Path(folder))
+        save_controller(self, Path(folder), base_name)
 
     def detach(self) -> None:
         """Take the controller off. The model is as it was before `attach`; the handle's parameters remain."""
@@ -274,11 +279,7 @@ class AttachedController:
     def _control(self, carrier: Carrier, tap: int, hidden: Tensor) -> None:
         signals = self.layout.split(self.controller(tap, hidden, carrier.segments, carrier.cache))
         if self._frozen:
-            served = slice(tap, tap + next(iter(signals.values())).shape[2])
-            signals = {
-                name: self._frozen[name][served].to(signal).expand(signal.shape) if name in self._frozen else signal
-                for name, signal in signals.items()
-            }
+            signals = {name: freeze(name, signal, self._frozen, tap) for name, signal in signals.items()}
         carrier.signals[tap] = signals
         # the projection may have a bias or be followed by a norm, so that gain cannot ride on the heads
         for offset, factors in enumerate(layer_factors(signals, gain_on_heads=False)):
@@ -298,7 +299,7 @@ class AttachedController:
             factors = self._current.get(index)
             if factors is None or factors.head is None:
                 return None
-            outputs = args[0].unflatten(-1, (heads, -1))
+            outputs = torch.unflatten(args[0], -1, (heads, -1))
             if self._probe is not None and outputs.shape != factors.head.shape:
                 raise UserError(
                     f"the projection that the Family names reads {args[0].shape[-1]} numbers, which are not "
@@ -344,8 +345,8 @@ class AttachedController:
         row are not zero, but they cancel.
         """
         tokens, heads = 4, self.core_config.num_heads
-        config, device = self.decoder.config, next(self.decoder.parameters()).device
-        width: Any = config.hidden_size
+        config: Any = self.decoder.config
+        width, device = config.hidden_size, next(self.decoder.parameters()).device
         per_head = (1, tokens, heads, getattr(config, "head_dim", None) or width // heads)
         sites = {
             "query": ("precision", per_head),
@@ -381,7 +382,7 @@ class AttachedController:
     def _gradients(self, probe: dict[int, Factors], leaves: list[Tensor], tokens: int) -> tuple[Tensor | None, ...]:
         """Of a random function of the output, by the factors of the probe."""
         training = {module: module.training for module in self.model.modules()}
-        self.model.eval()
+        self.model.eval()  # type: ignore[no-untyped-call]
         self._probe = probe
         device = leaves[0].device
         ids = torch.arange(1, tokens + 1, device=device)[None] % self.core_config.vocab_size
@@ -400,9 +401,8 @@ class AttachedController:
                 module.training = flag
 
 
-def core_config(decoder: nn.Module, controller: ControllerConfig, layers: int) -> NCNConfig:
-    """The base's shape in the words of `NCNConfig`, from which the controller is built."""
-    config: Any = decoder.config
+def core_config(config: Any, controller: ControllerConfig | None, layers: int) -> NCNConfig:
+    """A transformers configuration in the words of `NCNConfig`, from which the controller is built."""
     if config.num_hidden_layers != layers:
         raise UserError(
             f"the model has {layers} layers, and its configuration says {config.num_hidden_layers}; correct the Family"

@@ -43,7 +43,7 @@ def describe_base(model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def save_controller(handle: AttachedController, folder: Path) -> None:
+def save_controller(handle: AttachedController, folder: Path, base_name: str | None = None) -> None:
     """Write the controller; each file under a temporary name first. The configuration comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in handle.controller.state_dict().items()}
@@ -60,7 +60,7 @@ def save_controller(handle: AttachedController, folder: Path) -> None:
         "format": 1,
         "controller": handle.config.model_dump(mode="json"),
         "base": describe_base(handle.model),
-    }
+    } | ({"base_name": base_name} if base_name else {})
     write_atomically(folder / CONFIG, json.dumps(content, indent=2) + "\n")
 
 

@@ -1,0 +1,155 @@
+"""A base with its controller in the manners of our own model: to train, evaluate, generate, scan and diagnose.
+
+Parameters and state are the controller's alone. The base stays in evaluation mode, also in training: its weights do not
+learn, so its dropout would only be noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from ncn.cache import Cache
+from ncn.config import NCNConfig, Recipe
+from ncn.errors import UserError
+from ncn.model import Frozen, ModulatedTransformer
+from ncn.retrofit.attach import AttachedController, attach, core_config
+from ncn.retrofit.files import CONFIG, load_controller
+from ncn.runs import read_json
+from ncn.tokenizer import Tokenizer
+from ncn.types import Hidden
+
+TRAINING = {"tokens": 1_000_000, "batch_size": 8, "context": 256, "learning_rate": 1e-2}
+"""What a controller on a base is trained with unless the recipe says otherwise."""
+
+
+class RetrofittedModel(ModulatedTransformer):
+    """A base and the handle of its controller."""
+
+    def __init__(self, handle: AttachedController, config: NCNConfig, base_name: str) -> None:
+        nn.Module.__init__(self)  # what our own model is made of is here in the base
+        self.config, self.base_name = config, base_name
+        self.controller, self.layout, self.checkpointing = handle.controller, handle.layout, False
+        self.__dict__.update(handle=handle, base=handle.model.eval())  # out of the registered modules
+
+    @property
+    def embedding(self) -> nn.Module:  # type: ignore[override]
+        """The base's input embeddings."""
+        found: nn.Module = self.base.get_input_embeddings()
+        return found
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The base's output matrix."""
+        weight: Tensor = self.base.get_output_embeddings().weight
+        return weight
+
+    def train(self, mode: bool = True) -> RetrofittedModel:
+        """Training mode is the controller's alone."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def hidden_states(
+        self,
+        embeddings: Hidden,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        cache: Cache | None = None,
+        frozen: Frozen | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in our own model; the cache is filled on the side with a transformers cache, which holds everything."""
+        start, tokens = 0 if cache is None else cache.length, embeddings.shape[1]
+        if start + tokens > self.config.context_length:
+            raise UserError(
+                f"{start + tokens} tokens do not fit into the base's context of {self.config.context_length}; "
+                "shorten the text"
+            )
+        if cache is not None and cache.foreign is None:
+            cache.foreign = DynamicCache(config=self.handle.decoder.config)
+        with self.handle.frozen_at(frozen or {}):
+            hidden: Tensor = self.handle.decoder(
+                inputs_embeds=embeddings,
+                attention_mask=attention_mask,
+                past_key_values=None if cache is None else cache.foreign,
+                use_cache=cache is not None,
+            ).last_hidden_state
+        if cache is not None:
+            cache.advance(tokens)
+        return hidden, dict(self.handle.signals)
+
+    def save(self, folder: Path, tokenizer: Tokenizer | None) -> None:
+        """Write the controller, where its base is, and the tokenizer."""
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        self.handle.save(folder, base_name=self.base_name)
+
+
+def retrofit_recipe(base: str | Path, settings: Iterable[str] = (), recipe: Recipe | None = None) -> Recipe:
+    """The recipe that trains a controller on `base`, a folder or the name of a repository on the hub.
+
+    Controller and training are those of `recipe`, or those made for this purpose; then come `settings`, as in
+    `Recipe.read`. The model's shape is the base's.
+    """
+    found = _read_base(base, AutoConfig)
+    context = min(found.max_position_embeddings, TRAINING["context"])
+    made = recipe or Recipe.parse({"model": _shape(found), "train": TRAINING | {"context": context}})
+    made = Recipe.parse(made.model_dump() | {"base": _place(base)})
+    made = made.with_settings(settings)
+    if made.model.controller is None:
+        raise UserError("a base is trained with a controller or not at all; leave out --baseline")
+    return made.model_copy(update={"model": made.model.override(**_shape(found))})
+
+
+def build_retrofitted(recipe: Recipe, device: torch.device) -> RetrofittedModel:
+    """The base of a recipe with a new controller on it."""
+    assert recipe.base is not None
+    assert recipe.model.controller is not None
+    base = _load_base(recipe.base).to(device)
+    return RetrofittedModel(attach(base, recipe.model.controller), recipe.model, recipe.base)
+
+
+def load_retrofitted(folder: Path) -> tuple[RetrofittedModel, Tokenizer]:
+    """A controller with the base that it was trained on, and the tokenizer. Raises `UserError` where they are gone."""
+    place = read_json(folder / CONFIG).get("base_name")
+    if not isinstance(place, str):
+        raise UserError(f"{folder} does not say where its base is; load the base, then ncn.load_controller(base, path)")
+    base = _load_base(place)
+    handle = load_controller(base, folder)
+    tokenizer = Tokenizer.load(folder)
+    shape = NCNConfig.parse(_shape(base.config) | {"separator_id": tokenizer.separator_id})
+    return RetrofittedModel(handle, shape.override(controller=handle.config), place).eval(), tokenizer  # type: ignore[return-value]
+
+
+def _shape(config: Any) -> dict[str, Any]:
+    shape = core_config(config, None, config.num_hidden_layers)
+    return shape.model_dump(exclude={"controller", "separator_id"}) | {
+        "context_length": config.max_position_embeddings,
+    }
+
+
+def _load_base(place: str | Path) -> PreTrainedModel:
+    model: Any = _read_base(place, AutoModelForCausalLM, dtype=torch.float32)
+    if getattr(model.config, "final_logit_softcapping", None):
+        raise UserError("this base caps its logits, which training and evaluation here do not know; use ncn.attach")
+    found: PreTrainedModel = model.eval()
+    return found
+
+
+def _read_base(place: str | Path, loader: Any, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(str(place), **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"no base model at {str(place)!r} that transformers can load: {reason}") from None
+
+
+def _place(base: str | Path) -> str:
+    path = Path(base)
+    return str(path.resolve()) if path.is_dir() else str(base)
