@@ -150,8 +150,8 @@ class AttachedController:
 
         Args:
             value: "neutral", where no signal has any effect; "mean", the mean of every layer and head over the real
-                tokens of the last forward pass; or, by name, tensors that broadcast to (batch, tokens, layers[, sites]),
-                for the signals to hold.
+                tokens of the last forward pass; or tensors by name, for the signals to hold, which broadcast to
+                (batch, tokens, layers[, sites]).
         """
         before = self._frozen
         self._frozen = self.still(value) if isinstance(value, str) else value

@@ -31,6 +31,9 @@ TRAINING = {"tokens": 1_000_000, "batch_size": 8, "context": 256, "learning_rate
 class RetrofittedModel(ModulatedTransformer):
     """A base and the handle of its controller."""
 
+    handle: AttachedController
+    base: PreTrainedModel
+
     def __init__(self, handle: AttachedController, config: NCNConfig, base_name: str) -> None:
         nn.Module.__init__(self)  # what our own model is made of is here in the base
         self.config, self.base_name = config, base_name
@@ -111,7 +114,8 @@ def build_retrofitted(recipe: Recipe, device: torch.device) -> RetrofittedModel:
     """The base of a recipe with a new controller on it."""
     assert recipe.base is not None
     assert recipe.model.controller is not None
-    base = _load_base(recipe.base).to(device)
+    base = _load_base(recipe.base)
+    base.to(device)  # type: ignore[arg-type]
     return RetrofittedModel(attach(base, recipe.model.controller), recipe.model, recipe.base)
 
 
@@ -124,7 +128,7 @@ def load_retrofitted(folder: Path) -> tuple[RetrofittedModel, Tokenizer]:
     handle = load_controller(base, folder)
     tokenizer = Tokenizer.load(folder)
     shape = NCNConfig.parse(_shape(base.config) | {"separator_id": tokenizer.separator_id})
-    return RetrofittedModel(handle, shape.override(controller=handle.config), place).eval(), tokenizer  # type: ignore[return-value]
+    return RetrofittedModel(handle, shape.override(controller=handle.config), place).eval(), tokenizer
 
 
 def _shape(config: Any) -> dict[str, Any]:
