@@ -38,7 +38,7 @@ class RetrofittedModel(ModulatedTransformer):
         nn.Module.__init__(self)  # what our own model is made of is here in the base
         self.config, self.base_name = config, base_name
         self.controller, self.layout, self.checkpointing = handle.controller, handle.layout, False
-        self.__dict__.update(handle=handle, base=handle.model.eval())  # out of the registered modules
+        self.__dict__.update(handle=handle, base=handle.model)  # out of the registered modules
 
     @property
     def embedding(self) -> nn.Module:  # type: ignore[override]
@@ -49,13 +49,13 @@ class RetrofittedModel(ModulatedTransformer):
     @property
     def output_weight(self) -> Tensor:
         """The base's output matrix."""
-        weight: Tensor = self.base.get_output_embeddings().weight
+        weight: Tensor = self.base.get_output_embeddings().weight  # type: ignore[no-untyped-call]
         return weight
 
     def train(self, mode: bool = True) -> RetrofittedModel:
         """Training mode is the controller's alone."""
         super().train(mode)
-        self.base.eval()
+        self.base.eval()  # type: ignore[no-untyped-call]
         return self
 
     def hidden_states(
@@ -75,7 +75,7 @@ class RetrofittedModel(ModulatedTransformer):
                 "shorten the text"
             )
         if cache is not None and cache.foreign is None:
-            cache.foreign = DynamicCache(config=self.handle.decoder.config)
+            cache.foreign = DynamicCache(config=self.base.config.get_text_config())
         with self.handle.frozen_at(frozen or {}):
             hidden: Tensor = self.handle.decoder(
                 inputs_embeds=embeddings,

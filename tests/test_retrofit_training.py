@@ -1,0 +1,130 @@
+"""Training a controller on a base from the command line, and using what comes of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ncn
+from ncn.diagnosis.readers import reader_of
+from ncn.evaluate import evaluate
+from ncn.generate import generate
+from ncn.prepare import prepare
+from ncn.retrofit.model import RetrofittedModel, retrofit_recipe
+from ncn.scanner import scan
+from ncn.train import train
+
+pytestmark = pytest.mark.xdist_group("transformers")
+TEXTS = Path(__file__).parent / "fixtures"
+SETTINGS = ["tokens=6_000", "batch_size=4", "context=32", "eval_every=100", "controller.width=8", "controller.hidden=8"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small base that is no controller's, text, and a controller trained on it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("retrofit")
+    stories = [f"Tom had {n} apples. He gave one to Sue. Now he has {n - 1}. Sue was happy." for n in range(2, 260)]
+    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(stories))
+    prepare([str(folder / "text.txt")], folder / "data", vocab_size=300)
+    torch.manual_seed(0)
+    shape = {"vocab_size": 304, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = AutoConfig.for_model(
+        "llama", **shape, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64
+    )
+    base = AutoModelForCausalLM.from_config(config)
+    data = ncn.TokenDataset.open(folder / "data")
+    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-2)
+    for step in range(40):
+        inputs, targets = data.batch(0, step, 8, 32)
+        logits = base(input_ids=inputs, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    base.save_pretrained(folder / "base")
+    recipe = retrofit_recipe(folder / "base", SETTINGS)
+    train(recipe, folder / "data", folder / "run", valid=folder / "data", progress=False)
+    return folder
+
+
+def test_a_run_trains_the_controller_and_keeps_the_base(place: Path) -> None:
+    lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.02
+    saved = load_file(place / "run" / "model" / "controller.safetensors")
+    summary = json.loads((place / "run" / "summary.json").read_text())
+    assert summary["parameters"] == sum(tensor.numel() for tensor in saved.values())
+    model, _ = ncn.load(place / "run")
+    assert isinstance(model, RetrofittedModel)
+    before = load_file(place / "base" / "model.safetensors")
+    for name, tensor in model.base.state_dict().items():
+        if name in before:
+            assert torch.equal(tensor, before[name])
+
+
+def test_interrupted_and_continued_it_is_the_same_run(place: Path, tmp_path: Path) -> None:
+    recipe = retrofit_recipe(place / "base", [*SETTINGS, "checkpoint_every=10"])
+    shutil.copytree(place / "run", tmp_path / "whole")
+    train(recipe, place / "data", tmp_path / "other", valid=place / "data", progress=False)
+    for name in ("summary.json", "model"):
+        target = tmp_path / "other" / name
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+    steps = sorted((tmp_path / "other" / "checkpoints").iterdir())
+    steps[-1].unlink()
+    train(recipe, place / "data", tmp_path / "other", valid=place / "data", resume=True, progress=False)
+    one, other = (load_file(tmp_path / run / "model" / "controller.safetensors") for run in ("whole", "other"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_it_evaluates_generates_scans_and_is_diagnosed(place: Path) -> None:
+    model, tokenizer = ncn.load(place / "run")
+    data = ncn.TokenDataset.open(place / "data")
+    assert isinstance(model, RetrofittedModel)
+    said = evaluate(model, data, context=32).loss
+    ids = torch.tensor([tokenizer.encode("Tom had 9 apples. He gave one")])
+    with model.handle.disable(), torch.no_grad():
+        plain = model.base(input_ids=ids, use_cache=False).logits
+    assert said < 5
+    torch.testing.assert_close(model(ids, frozen=_neutral(model)).logits, plain, rtol=0, atol=0)
+    with_cache = "".join(generate(model, tokenizer, "Tom had", max_tokens=20, temperature=0.0, stop_id=-1))
+    ids = torch.tensor([[tokenizer.separator_id, *tokenizer.encode("Tom had")]])
+    for _ in range(20):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    assert with_cache == tokenizer.decode(ids[0, 1:].tolist())[len("Tom had") :]
+    picture = scan(model, tokenizer, "Tom had 7 apples.")
+    assert picture.signals["head_gate"].shape[1:] == (2, 4)
+    inputs = ids[:, :10]
+    losses, signals = reader_of(model).read(inputs, ids[:, 1:11])
+    assert losses.shape == inputs.shape
+    assert signals["gain"].shape == (1, 10, 2)
+
+
+def _neutral(model: RetrofittedModel) -> dict[str, torch.Tensor]:
+    return model.handle.still("neutral")
+
+
+def refused(call: Any) -> str:
+    with pytest.raises(ncn.UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_wrong_uses_are_one_line_each(place: Path, tmp_path: Path) -> None:
+    assert "no base model at" in refused(lambda: retrofit_recipe(tmp_path / "nothing"))
+    assert "leave out --baseline" in refused(lambda: retrofit_recipe(place / "base", ["model.controller=null"]))
+    prepare([str(place / "text.txt")], tmp_path / "large", vocab_size=310)
+    recipe = retrofit_recipe(place / "base", SETTINGS)
+    assert "prepare it with --tokenizer" in refused(lambda: train(recipe, tmp_path / "large", tmp_path / "run"))
+    moved = tmp_path / "moved"
+    shutil.copytree(place / "run", moved)
+    content = json.loads((moved / "model" / "controller.json").read_text())
+    content["base_name"] = str(tmp_path / "gone")
+    (moved / "model" / "controller.json").write_text(json.dumps(content))
+    assert "no base model at" in refused(lambda: ncn.load(moved))
