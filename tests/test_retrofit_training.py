@@ -55,13 +55,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_trains_the_controller_and_keeps_the_base(place: Path) -> None:
-    lines = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["loss"] < lines[0]["loss"] - 0.02
     saved = load_file(place / "run" / "model" / "controller.safetensors")
     summary = json.loads((place / "run" / "summary.json").read_text())
     assert summary["parameters"] == sum(tensor.numel() for tensor in saved.values())
     model, _ = ncn.load(place / "run")
     assert isinstance(model, RetrofittedModel)
+    data = ncn.TokenDataset.open(place / "data")
+    assert (
+        evaluate(model, data, context=32).loss < evaluate(model, data, context=32, frozen=_neutral(model)).loss - 0.005
+    )
     before = load_file(place / "base" / "model.safetensors")
     for name, tensor in model.base.state_dict().items():
         if name in before:
