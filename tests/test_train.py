@@ -90,13 +90,14 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, data: Path, monkeypatch: 
         interrupt(training)
         interrupt(training)
 
+    before = signal.getsignal(signal.SIGINT)
     at_step(monkeypatch, {6: twice})
     with pytest.raises(KeyboardInterrupt) as stop:
         run(recipe(), data, tmp_path / "run")
 
     assert not isinstance(stop.value, Interrupted)
     assert RunFolder.open(tmp_path / "run").checkpoints()[0].name == "step-00000004.safetensors"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_run_that_ended_after_its_last_checkpoint_only_finishes(

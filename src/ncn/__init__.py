@@ -1,6 +1,7 @@
 """Neuromodulatory Control Networks: language models that tune themselves, token by token.
 
-The public names below are loaded on first use, so that importing the package stays light.
+The public names below are loaded on first use, so that importing the package stays light. `attach` and
+`load_controller`, which are not in `__all__`, need the extra "hf".
 """
 
 from importlib import import_module
@@ -57,11 +58,9 @@ __all__ = [
     "Tokenizer",
     "TrainConfig",
     "UserError",
-    "attach",
     "bits_per_byte",
     "diagnose",
     "load",
-    "load_controller",
     "published",
     "save_model",
     "scan",

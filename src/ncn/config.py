@@ -70,11 +70,18 @@ class ControllerConfig(_Config):
     phasic: bool = Field(
         True, description="whether the controller sees the local state at all, beside the pooled context"
     )
+    sliders: tuple[str, ...] = Field(
+        (), description="inputs from outside, each from 0 to 1 or unset, such as the attributes of `ncn prepare`"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ControllerConfig:
         if not self.signals or len(set(self.signals)) != len(self.signals):
             raise ValueError("controller.signals must name each signal once, and at least one")
+        if len(set(self.sliders)) != len(self.sliders):
+            raise ValueError("controller.sliders must name each slider once")
+        if self.sliders and self.kind != "ncn":
+            raise ValueError(f"controller.sliders need kind=ncn; {self.kind} signals have no such input")
         if self.width % self.pooling_heads:
             raise ValueError(
                 f"controller.width ({self.width}) must be a multiple of pooling_heads ({self.pooling_heads})"
@@ -186,6 +193,9 @@ class TrainConfig(_Config):
     homeostatic_weight: float = Field(0.0, ge=0, description="λ of equation (6)")
     homeostatic_schedule: Literal["constant", "annealed"] = Field(
         "constant", description="λ stays, or falls linearly to zero over the run"
+    )
+    slider_dropout: float = Field(
+        0.2, ge=0, le=1, description="share of windows trained without sliders, and of sliders left out of the others"
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="arithmetic of the matrix products; auto: bfloat16 where the processor is fast at it"

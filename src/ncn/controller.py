@@ -27,7 +27,7 @@ from ncn.config import NCNConfig
 from ncn.norm import RMSNorm
 from ncn.salience import SalienceState, pool
 from ncn.signals import SignalLayout
-from ncn.types import Hidden, Segments
+from ncn.types import Hidden, Segments, Sliders
 
 Raw = Float[Tensor, "batch tokens layers outputs"]
 
@@ -38,8 +38,16 @@ class SignalSource(nn.Module, ABC):
     taps: tuple[int, ...]
 
     @abstractmethod
-    def forward(self, tap: int, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
-        """Raw signals for the layers that `tap` serves, from the hidden state that enters layer `tap`."""
+    def forward(
+        self,
+        tap: int,
+        hidden: Hidden,
+        segments: Segments | None,
+        cache: Cache | None,
+        sliders: Sliders | None = None,
+    ) -> Raw:
+        """Raw signals for the layers that `tap` serves, from the hidden state that enters layer `tap`, and from the
+        sliders, which only a `Controller` has."""
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -64,8 +72,15 @@ class Controller(SignalSource):
             }
         )
 
-    def forward(self, tap: int, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
-        raw: Tensor = self.networks[str(tap)](hidden, segments, cache)
+    def forward(
+        self,
+        tap: int,
+        hidden: Hidden,
+        segments: Segments | None,
+        cache: Cache | None,
+        sliders: Sliders | None = None,
+    ) -> Raw:
+        raw: Tensor = self.networks[str(tap)](hidden, segments, cache, sliders)
         return raw
 
     def reset_parameters(self) -> None:
@@ -91,6 +106,9 @@ class ControllerNetwork(nn.Module):
         self.read = nn.Linear(config.d_model, self.pools + self.width * (2 if self.has_phasic else 1), bias=False)
         self.log_decay = nn.Parameter(torch.empty(self.pools))
         self.phasic_filter = nn.Parameter(torch.empty(self.kernel, self.width)) if self.has_phasic else None
+        # Without a bias: unset, sliders add exactly nothing.
+        count = len(controller.sliders)
+        self.slider_input = nn.Linear(2 * count, self.width, bias=False) if count else None
         self.input_norm = RMSNorm(self.width, eps=config.norm_eps)
         self.expand = nn.Linear(self.width, controller.hidden)
         self.output = nn.Linear(controller.hidden, served * sum(self.layout.sizes))
@@ -107,21 +125,25 @@ class ControllerNetwork(nn.Module):
         if self.phasic_filter is not None:
             nn.init.normal_(self.phasic_filter, std=0.5 * self.kernel**-0.5)
             nn.init.ones_(self.phasic_filter[0])
+        if self.slider_input is not None:
+            nn.init.normal_(self.slider_input.weight, std=0.5 * self.slider_input.in_features**-0.5)
         nn.init.normal_(self.expand.weight, std=self.width**-0.5)
         nn.init.zeros_(self.expand.bias)
         nn.init.zeros_(self.output.weight)
         with torch.no_grad():
             self.output.bias.copy_(self.layout.initial_bias().repeat(self.served))
 
-    def forward(self, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
+    def forward(
+        self, hidden: Hidden, segments: Segments | None, cache: Cache | None, sliders: Sliders | None = None
+    ) -> Raw:
         device = "cpu" if hidden.is_meta else hidden.device.type
         if not torch.is_autocast_enabled(device):
-            return self._forward(hidden.to(self.read.weight.dtype), segments, cache)
+            return self._forward(hidden.to(self.read.weight.dtype), segments, cache, sliders)
         # Exponentials and long sums do not survive bfloat16, and the controller is too small to gain from it.
         with torch.autocast(device, enabled=False):
-            return self._forward(hidden.to(self.read.weight.dtype), segments, cache)
+            return self._forward(hidden.to(self.read.weight.dtype), segments, cache, sliders)
 
-    def _forward(self, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
+    def _forward(self, hidden: Hidden, segments: Segments | None, cache: Cache | None, sliders: Sliders | None) -> Raw:
         stored = hidden.dtype
         exact = torch.float64 if stored == torch.float64 else torch.float32
         # RMSNorm before the read-out, applied after it, where there is less to scale: W(e / rms e) = W(e) / rms e
@@ -139,6 +161,8 @@ class ControllerNetwork(nn.Module):
         context = state.mean.flatten(2)  # c of equation (1)
         if self.phasic_filter is not None:
             context = context + self._phasic(phasic, held, segments, cache)
+        if self.slider_input is not None and sliders is not None:
+            context = context + self.slider_input(_known(sliders.to(stored))).to(exact)
         if cache is not None:
             cache.write(self.name, torch.cat([state.log_weight, state.mean.flatten(2), phasic], -1))
         # equation (2)
@@ -175,6 +199,12 @@ class ControllerNetwork(nn.Module):
         return result
 
 
+def _known(sliders: Tensor) -> Tensor:
+    """Each slider as two numbers: its value around 0 and whether it is set, both 0 where it is not."""
+    known = ~sliders.isnan()
+    return torch.cat([torch.where(known, 2 * sliders - 1, 0), known.to(sliders.dtype)], -1)
+
+
 class LocalGates(SignalSource):
     """Control arm: every layer reads its own signals from its own input, with one linear map."""
 
@@ -187,7 +217,14 @@ class LocalGates(SignalSource):
             nn.Linear(config.d_model, sum(self.layout.sizes)) for _ in range(config.num_layers)
         )
 
-    def forward(self, tap: int, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
+    def forward(
+        self,
+        tap: int,
+        hidden: Hidden,
+        segments: Segments | None,
+        cache: Cache | None,
+        sliders: Sliders | None = None,
+    ) -> Raw:
         readout = self.readouts[tap]
         assert isinstance(readout, nn.Linear)
         # in float32, like the controller that it is compared with
@@ -213,7 +250,14 @@ class StaticGates(SignalSource):
         self.taps = (0,)
         self.raw = nn.Parameter(torch.empty(config.num_layers, sum(self.layout.sizes)))
 
-    def forward(self, tap: int, hidden: Hidden, segments: Segments | None, cache: Cache | None) -> Raw:
+    def forward(
+        self,
+        tap: int,
+        hidden: Hidden,
+        segments: Segments | None,
+        cache: Cache | None,
+        sliders: Sliders | None = None,
+    ) -> Raw:
         return self.raw.expand(*hidden.shape[:2], -1, -1)
 
     def reset_parameters(self) -> None:

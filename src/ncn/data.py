@@ -239,17 +239,27 @@ class TokenDataset:
         _check_positive(batch_size=batch_size, context=context, world_size=world_size)
         if not 0 <= rank < world_size:
             raise UserError(f"rank must be from 0 to {world_size - 1} for a world size of {world_size}, not {rank}")
-        windows = self.epoch_windows(context)
         rows = np.empty((batch_size, context + 1), dtype=np.int64)
         counts = np.full(batch_size, context)
-        first = (step * world_size + rank) * batch_size
-        for row in range(batch_size):
-            epoch, index = divmod(first + row, windows)
-            offset, order = self._epoch(seed, epoch, windows)
-            start = int(order[index]) * context
+        for row, (start, offset) in enumerate(
+            self._row_starts(seed, (step * world_size + rank) * batch_size, batch_size, context)
+        ):
             counts[row] = min(context, self.tokens - start)
             self._read((offset + start) % self.tokens, rows[row])
         return _to_batch(rows, counts)
+
+    def batch_starts(self, seed: int, step: int, batch_size: int, context: int) -> npt.NDArray[np.int64]:
+        """Where in the stream the rows of `batch` with these arguments begin; shape (batch,)."""
+        rows = self._row_starts(seed, step * batch_size, batch_size, context)
+        return np.array([(offset + start) % self.tokens for start, offset in rows])
+
+    def _row_starts(self, seed: int, first: int, count: int, context: int) -> Iterator[tuple[int, int]]:
+        """For `count` windows from number `first` on: where they begin in their epoch, and the epoch's offset."""
+        windows = self.epoch_windows(context)
+        for number in range(first, first + count):
+            epoch, index = divmod(number, windows)
+            offset, order = self._epoch(seed, epoch, windows)
+            yield int(order[index]) * context, offset
 
     def windows(self, context: int, batch_size: int) -> Iterator[Batch]:
         """The whole stream once and in order, for evaluation, in non-overlapping windows that begin with nothing

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,13 +26,20 @@ def generate_tokens(
     top_p: float | None = None,
     seed: int | None = None,
     stop_id: int | None = None,
+    sliders: Mapping[str, float | tuple[float, float]] | None = None,
+    guidance: float = 1.0,
 ) -> Iterator[int]:
     """Yield new token ids as they come; ends at `stop_id` (not yielded), after `max_tokens`, or at a full context.
 
     `temperature` 0 takes the likeliest token; else tokens are drawn, from the `top_k` likeliest and from the smallest
     set with probability `top_p` where given. The same `seed` gives the same tokens.
+
+    `sliders` sets inputs of the controller by name, each a number from 0 to 1, or a pair of numbers: from the first at
+    the prompt to the second at `max_tokens`. Those that are not named are unset. `guidance` above 1 extrapolates from
+    the model without them to the model with them: logits are unset + guidance · (set - unset).
     """
     _check_sampling(max_tokens, temperature, top_k, top_p)
+    setting = _Setting(model, sliders or {}, guidance, max_tokens)
     room = model.config.context_length - len(prompt)
     if not prompt:
         raise UserError("the prompt is empty: give at least one token")
@@ -48,14 +56,58 @@ def generate_tokens(
         generator.manual_seed(seed)
     cache = Cache(capacity=min(len(prompt) + max_tokens, model.config.context_length))
     tokens = torch.tensor([prompt], device=device)
-    for _ in range(min(max_tokens, room)):
-        logits = model(tokens, cache=cache, last_only=True).logits[0, -1]
+    for number in range(min(max_tokens, room)):
+        rows = tokens.expand(setting.rows, -1)
+        logits = setting.guided(
+            model(rows, cache=cache, last_only=True, sliders=setting.sliders(number, device)).logits[:, -1]
+        )
         chosen = _choose(logits, temperature, top_k, top_p, generator)
         token = int(chosen)
         if token == stop_id:
             return
         yield token
         tokens = chosen.view(1, 1)
+
+
+class _Setting:
+    """The sliders of a text that is being written, and the guidance towards them."""
+
+    def __init__(
+        self,
+        model: ModulatedTransformer,
+        sliders: Mapping[str, float | tuple[float, float]],
+        guidance: float,
+        max_tokens: int,
+    ) -> None:
+        known = model.config.controller.sliders if model.config.controller else ()
+        for name, value in sliders.items():
+            if name not in known:
+                has = f"it has {', '.join(known)}" if known else "it has none"
+                raise UserError(f"this model has no slider {name!r}; {has}")
+            if not all(0 <= end <= 1 for end in (value if isinstance(value, tuple) else (value,))):
+                raise UserError(f"slider {name} is {value}; it must lie from 0 to 1")
+        if guidance < 0:
+            raise UserError(f"guidance must be 0 or more, not {guidance}")
+        if guidance != 1 and not sliders:
+            raise UserError("guidance leads towards sliders, and none is set")
+        self.guidance, self.last = guidance, max(max_tokens - 1, 1)
+        self.rows = 1 if guidance == 1 else 2
+        ends = [sliders.get(name, math.nan) for name in known] if sliders else []
+        self.ends = [end if isinstance(end, tuple) else (end, end) for end in ends]
+
+    def sliders(self, number: int, device: torch.device) -> Tensor | None:
+        """For the token after `number` new ones: (rows, 1, sliders); the first of two rows is unset."""
+        if not self.ends:
+            return None
+        share = min(number / self.last, 1)
+        values = torch.tensor([[[first + share * (last - first) for first, last in self.ends]]], device=device)
+        return values if self.rows == 1 else torch.cat([torch.full_like(values, math.nan), values])
+
+    def guided(self, logits: Tensor) -> Tensor:
+        """The logits to draw from, of those of all rows."""
+        if self.rows == 1:
+            return logits[0]
+        return logits[0] + self.guidance * (logits[1] - logits[0])
 
 
 def generate(model: ModulatedTransformer, tokenizer: Tokenizer, prompt: str, **options: Any) -> Iterator[str]:

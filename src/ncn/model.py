@@ -28,7 +28,7 @@ from ncn.modulation import UNMODULATED, Factors, add_scaled, layer_factors, scal
 from ncn.norm import RMSNorm
 from ncn.segments import attention_mask_of, find_segments, positions_in_segment
 from ncn.signals import SignalLayout, homeostatic_loss
-from ncn.types import AttentionMask, Hidden, Logits, Signal, TokenIds
+from ncn.types import AttentionMask, Hidden, Logits, Signal, Sliders, TokenIds
 
 Frozen = Mapping[str, Tensor]
 """Signals held at given values: name to a tensor that broadcasts to (batch, tokens, layers[, sites])."""
@@ -97,15 +97,17 @@ class ModulatedTransformer(nn.Module):
         output_signals: bool = False,
         frozen: Frozen | None = None,
         last_only: bool = False,
+        sliders: Sliders | None = None,
     ) -> ModelOutput:
         """Logits for every position (or the last one only).
 
         `attention_mask` is False at padding, which may stand on the left of a sequence. `cache` continues what it
-        holds, and is extended. `frozen` replaces signals by given values. Raises `UserError` for token ids outside the
+        holds, and is extended. `frozen` replaces signals by given values. `sliders` are in the order of
+        `config.controller.sliders`. Raises `UserError` for token ids outside the
         vocabulary and for sequences beyond the context length.
         """
         hidden, signals = self.hidden_states(
-            self.embed(input_ids), input_ids, attention_mask, cache=cache, frozen=frozen
+            self.embed(input_ids), input_ids, attention_mask, cache=cache, frozen=frozen, sliders=sliders
         )
         logits = self.logits(hidden[:, -1:] if last_only else hidden)
         if not output_signals:
@@ -113,18 +115,29 @@ class ModulatedTransformer(nn.Module):
         return ModelOutput(logits, signals, homeostatic_loss(signals) if signals else logits.new_zeros(()))
 
     def loss(
-        self, input_ids: TokenIds, targets: TokenIds, *, frozen: Frozen | None = None, chunk: int = 512
+        self,
+        input_ids: TokenIds,
+        targets: TokenIds,
+        *,
+        frozen: Frozen | None = None,
+        chunk: int = 512,
+        sliders: Sliders | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Signal]]:
         """Cross-entropy summed over the targets that are not -100, in nats, and the signals; never holds all logits."""
-        hidden, signals = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen)
+        hidden, signals = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen, sliders=sliders)
         return chunked_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten(), chunk), signals
 
     @torch.no_grad()
     def token_losses(
-        self, input_ids: TokenIds, targets: TokenIds, *, frozen: Frozen | None = None
+        self,
+        input_ids: TokenIds,
+        targets: TokenIds,
+        *,
+        frozen: Frozen | None = None,
+        sliders: Sliders | None = None,
     ) -> Float[Tensor, "batch tokens"]:
         """Cross-entropy at every position, in nats, zero where the target is -100; without gradients."""
-        hidden, _ = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen)
+        hidden, _ = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen, sliders=sliders)
         return token_losses(hidden.flatten(0, 1), self.output_weight, targets.flatten()).view(targets.shape)
 
     @property
@@ -155,6 +168,7 @@ class ModulatedTransformer(nn.Module):
         *,
         cache: Cache | None = None,
         frozen: Frozen | None = None,
+        sliders: Sliders | None = None,
     ) -> tuple[Hidden, dict[str, Signal]]:
         """The final, normalised hidden states and the signals, from token embeddings.
 
@@ -165,6 +179,8 @@ class ModulatedTransformer(nn.Module):
             raise UserError("there are no tokens: give at least one")
         if cache is not None:
             cache.check_batch(batch)
+        if sliders is not None:
+            self._check_sliders(sliders)
         start = cache.length if cache is not None else 0
         if start + tokens > config.context_length:
             raise UserError(
@@ -186,7 +202,7 @@ class ModulatedTransformer(nn.Module):
                 assert self.layout is not None
                 # the controller of tap 0 reads the embeddings themselves, without positions
                 tapped = embeddings if index == 0 else x
-                signals = self.layout.split(self.controller(index, tapped, segments, cache))
+                signals = self.layout.split(self.controller(index, tapped, segments, cache, sliders))
                 if frozen:
                     signals = {name: freeze(name, signal, frozen, index) for name, signal in signals.items()}
                 for name, signal in signals.items():
@@ -200,6 +216,14 @@ class ModulatedTransformer(nn.Module):
         return self.norm(x), {
             name: parts[0] if len(parts) == 1 else torch.cat(parts, 2) for name, parts in collected.items()
         }
+
+    def _check_sliders(self, sliders: Tensor) -> None:
+        known = self.config.controller.sliders if self.config.controller else ()
+        if sliders.shape[-1] != len(known) or not known:
+            raise UserError(
+                f"{sliders.shape[-1]} sliders were given, and this model has {len(known)}"
+                + (f": {', '.join(known)}" if known else "; train one with controller.sliders=[...]")
+            )
 
 
 class Layer(nn.Module):

@@ -32,7 +32,9 @@ SHARD_TOKENS = 1 << 26
 TRAINING_BYTES = 64 << 20
 """A tokenizer is trained on the first documents of each source, this many bytes of text in all, an equal share each."""
 
-_OWN_FILE = re.compile(r"shard-\d+\.bin|manifest\.json|progress\.json|tokenizer\.json|tokenizer_config\.json|.*\.part")
+_OWN_FILE = re.compile(
+    r"shard-\d+\.bin|manifest\.json|progress\.json|tokenizer\.json|tokenizer_config\.json|attributes\.(json|safetensors)|.*\.part"
+)
 
 
 class _Shard(Record):

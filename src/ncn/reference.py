@@ -33,7 +33,10 @@ class Reference:
 
 
 def reference(
-    model: nn.Module, input_ids: TokenIds, attention_mask: Bool[Tensor, "batch tokens"] | None = None
+    model: nn.Module,
+    input_ids: TokenIds,
+    attention_mask: Bool[Tensor, "batch tokens"] | None = None,
+    sliders: Float[Tensor, "batch tokens sliders"] | None = None,
 ) -> Reference:
     """Logits and signals of a `ModulatedTransformer`, from its configuration and its parameters alone."""
     config = model.config
@@ -45,7 +48,8 @@ def reference(
     for row in range(batch):
         real = [t for t in range(tokens) if attention_mask is None or attention_mask[row, t]]
         for places in _documents(config, input_ids[row].tolist(), real):
-            hidden, sent = _document(config, weights, [int(input_ids[row, t]) for t in places])
+            given = None if sliders is None else [sliders[row, t].tolist() for t in places]
+            hidden, sent = _document(config, weights, [int(input_ids[row, t]) for t in places], given)
             for t, h in zip(places, hidden, strict=True):
                 logits[row, t] = weights["embedding.weight" if config.tie_embeddings else "head.weight"] @ h
             for layer, by_token in enumerate(sent):
@@ -70,7 +74,9 @@ def _documents(config: NCNConfig, ids: list[int], real: list[int]) -> list[list[
     return documents
 
 
-def _document(config: NCNConfig, weights: Weights, ids: list[int]) -> tuple[Vectors, list[list[dict[str, Tensor]]]]:
+def _document(
+    config: NCNConfig, weights: Weights, ids: list[int], sliders: list[list[float]] | None
+) -> tuple[Vectors, list[list[dict[str, Tensor]]]]:
     """Final hidden states, and the signals by layer and token."""
     embeddings = [weights["embedding.weight"][token] for token in ids]
     x = list(embeddings)
@@ -80,7 +86,7 @@ def _document(config: NCNConfig, weights: Weights, ids: list[int]) -> tuple[Vect
     sent = []
     for layer in range(config.num_layers):
         tapped = embeddings if layer == 0 else x  # (3): tap 0 reads the embeddings
-        raw += _raw_signals(config, weights, layer, tapped)
+        raw += _raw_signals(config, weights, layer, tapped, sliders)
         signals = [_split(config, raw[layer][t]) if raw else {} for t in range(len(ids))]
         x = _layer(config, weights, layer, x, signals)
         sent.append(signals)
@@ -155,7 +161,9 @@ def _feed_forward(config: NCNConfig, own: Weights, x: Tensor) -> Tensor:
     return own["ffn.down.weight"] @ inner
 
 
-def _raw_signals(config: NCNConfig, weights: Weights, layer: int, hidden: Vectors) -> list[Vectors]:
+def _raw_signals(
+    config: NCNConfig, weights: Weights, layer: int, hidden: Vectors, sliders: list[list[float]] | None
+) -> list[Vectors]:
     """z of every layer that is served from here on, for each token; empty where the layer is no tap (3)."""
     controller = config.controller
     if controller is None:
@@ -171,11 +179,14 @@ def _raw_signals(config: NCNConfig, weights: Weights, layer: int, hidden: Vector
     served = min([tap for tap in taps if tap > layer], default=config.num_layers) - layer
     prefix = f"controller.networks.{layer}."
     own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
-    by_token = [_controller(config, own, hidden, t).chunk(served) for t in range(len(hidden))]
+    by_token = [
+        _controller(config, own, hidden, t, None if sliders is None else sliders[t]).chunk(served)
+        for t in range(len(hidden))
+    ]
     return [[groups[i] for groups in by_token] for i in range(served)]
 
 
-def _controller(config: NCNConfig, own: Weights, hidden: Vectors, t: int) -> Tensor:
+def _controller(config: NCNConfig, own: Weights, hidden: Vectors, t: int, sliders: list[float] | None) -> Tensor:
     """Equations (1) and (2) at token t."""
     controller = config.controller
     assert controller is not None
@@ -195,7 +206,11 @@ def _controller(config: NCNConfig, own: Weights, hidden: Vectors, t: int) -> Ten
     if controller.phasic:
         for age in range(min(controller.phasic_kernel, t + 1)):
             u = u + own["phasic_filter"][age] * read[t - age][pools + width :]  # φ: the last few tokens
-    u = _rms_norm(u, config) * own["input_norm.weight"]  # (2): u = RMSNorm(c + φ)
+    if sliders is not None:  # κ: value and "is set" of each, 0 where it is unset
+        known = [not math.isnan(value) for value in sliders]
+        around_zero = [2 * value - 1 if is_set else 0.0 for value, is_set in zip(sliders, known, strict=True)]
+        u = u + own["slider_input.weight"] @ torch.tensor([*around_zero, *map(float, known)], dtype=torch.float64)
+    u = _rms_norm(u, config) * own["input_norm.weight"]  # (2): u = RMSNorm(c + φ + κ)
     inner = torch.tanh(own["expand.weight"] @ u + own["expand.bias"])
     return own["output.weight"] @ inner + own["output.bias"]  # (2): z = W₂ tanh(W₁ u + b₁) + b₂
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ncn.attributes import DocumentSliders
 from ncn.config import Recipe, TrainConfig
 from ncn.data import Batch, TokenDataset
 from ncn.errors import UserError
@@ -66,6 +67,8 @@ class Training:
         self.total_steps = math.ceil(self.config.tokens / self.tokens_per_step)
         self.optimizers = build_optimizers(self.model, self.config)
         self.loss = self.model.loss
+        controller = self.recipe.model.controller
+        self.sliders = DocumentSliders(self.dataset, controller.sliders) if controller and controller.sliders else None
         if self.config.compile:
             self.model.hidden_states = torch.compile(self.model.hidden_states)  # type: ignore[method-assign]
 
@@ -80,9 +83,13 @@ class Training:
         loss_sum = homeostatic_sum = 0.0
         signals: dict[str, Tensor] = {}
         size = -(-self.config.batch_size // self.config.accumulation)
-        for inputs, targets in zip(torch.split(batch.inputs, size), torch.split(batch.targets, size), strict=True):
+        for inputs, targets, sliders in zip(
+            torch.split(batch.inputs, size), torch.split(batch.targets, size), self._slider_parts(size), strict=True
+        ):
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                nats, signals = self.loss(inputs.to(self.device), targets.to(self.device), chunk=self.config.loss_chunk)
+                nats, signals = self.loss(
+                    inputs.to(self.device), targets.to(self.device), chunk=self.config.loss_chunk, sliders=sliders
+                )
                 objective = nats / count
                 share = len(inputs) / self.config.batch_size
                 homeostatic = homeostatic_loss(signals) * share if signals else objective.new_zeros(())
@@ -105,6 +112,14 @@ class Training:
         self.sums.grad_norm += norm
         self.sums.steps += 1
         return signals
+
+    def _slider_parts(self, size: int) -> list[Tensor | None]:
+        """The sliders of this step's micro-batches of `size` rows; None for a model without sliders."""
+        config = self.config
+        if self.sliders is None:
+            return [None] * (-(-config.batch_size // size))
+        values = self.sliders.batch(config.seed, self.step, config.batch_size, self.context, config.slider_dropout)
+        return list(torch.split(torch.from_numpy(values).to(self.device), size))
 
     def not_a_number(self, what: str) -> Diverged:
         kept = f"the last good checkpoint stays in {self.run.path / 'checkpoints'}; " if self.run.checkpoints() else ""
@@ -257,6 +272,8 @@ def begin(recipe: Recipe, data: str | Path, out: str | Path, *, valid: str | Pat
     dataset.tokenizer()  # a run that cannot save its tokenizer in the end should not begin
     valid_set = TokenDataset.open(valid) if valid else None
     recipe = fit_to_data(recipe, dataset)
+    if recipe.model.controller and recipe.model.controller.sliders:
+        DocumentSliders(dataset, recipe.model.controller.sliders)  # what is missing is said before a folder is made
     context = recipe.train.context or recipe.model.context_length
     if dataset.tokens < context:
         raise UserError(

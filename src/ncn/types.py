@@ -22,4 +22,6 @@ Hidden = Float[Tensor, "batch tokens width"]
 Logits = Float[Tensor, "batch tokens vocabulary"]
 Signal = Float[Tensor, "batch tokens layers"] | Float[Tensor, "batch tokens layers sites"]
 """A control signal: one value per layer, or one per head (or sublayer) of each layer."""
+Sliders = Float[Tensor, "#batch #tokens sliders"]
+"""Inputs of the controller from outside, each from 0 to 1, or NaN where it is unset."""
 AttentionMask = Bool[Tensor, "#batch 1 tokens slots"]

@@ -40,6 +40,13 @@ def prepare(
     field: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
     workers: Annotated[int | None, typer.Option(help="Encoding threads; default: one a core.")] = None,
+    attributes: Annotated[
+        bool,
+        typer.Option(
+            "--attributes",
+            help="Also measure every document, for sliders; ranked as in the dataset that --tokenizer names, if any.",
+        ),
+    ] = False,
 ) -> None:
     """Tokenise text into a dataset folder. Run again after an interruption, it goes on where it stopped."""
     from ncn.prepare import prepare as run
@@ -58,6 +65,11 @@ def prepare(
         f"{out}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {manifest.text_bytes:,} bytes of text, "
         f"vocabulary {manifest.vocab_size:,}"
     )
+    if attributes:
+        from ncn.attributes import TABLE, write_attributes
+
+        reference = tokenizer if tokenizer and (Path(tokenizer) / TABLE).is_file() else None
+        print(f"attributes: {', '.join(write_attributes(out, reference, progress=True))}")
 
 
 @app.command(epilog=describe_settings())
@@ -116,6 +128,11 @@ def generate(
         float | None, typer.Option(help="Draw from the likeliest tokens with this much probability.")
     ] = 0.95,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same text.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Set a slider from 0 to 1; 0.1:0.9 moves it over the text."),
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Above 1, exaggerate what the sliders do.")] = 1.0,
 ) -> None:
     """Continue a prompt, streaming. MODEL is a run folder, a saved folder, a bundled model or a hub name."""
     model_name, prompt = model_and_text(words, "PROMPT")
@@ -124,6 +141,7 @@ def generate(
 
     model, tokenizer = load(model_name)
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    options |= {"sliders": dict(map(_slider, settings or [])), "guidance": guidance}
     if max_tokens is not None:
         options["max_tokens"] = max_tokens
     pieces = run(model, tokenizer, prompt, **options)
@@ -132,6 +150,19 @@ def generate(
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def _slider(text: str) -> tuple[str, float | tuple[float, float]]:
+    name, _, value = text.partition("=")
+    try:
+        ends = [float(part) for part in value.split(":")]
+    except ValueError:
+        ends = []
+    if not name or not 1 <= len(ends) <= 2:
+        raise UserError(
+            f"--set {text}: write NAME=VALUE, such as dialogue=0.9, or NAME=FROM:TO, such as dialogue=0.1:0.9"
+        )
+    return name, ends[0] if len(ends) == 1 else (ends[0], ends[1])
 
 
 @app.command()

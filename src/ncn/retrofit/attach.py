@@ -78,6 +78,8 @@ def attach(
         raise UserError("this model has a controller already; call detach() on its handle first")
     if not isinstance(base, PreTrainedModel):
         raise UserError(f"attach needs a transformers model, not {type(base).__name__}")
+    if config is not None and config.sliders:
+        raise UserError("a controller on a base cannot have sliders yet; leave out controller.sliders")
     return AttachedController(base, config or ControllerConfig(), family or family_of(base), freeze_base)
 
 

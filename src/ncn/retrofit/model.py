@@ -66,6 +66,7 @@ class RetrofittedModel(ModulatedTransformer):
         *,
         cache: Cache | None = None,
         frozen: Frozen | None = None,
+        sliders: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As in our own model; the cache is filled on the side with a transformers cache, which holds everything."""
         start, tokens = 0 if cache is None else cache.length, embeddings.shape[1]

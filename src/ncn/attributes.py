@@ -1,0 +1,166 @@
+"""Attributes of documents as sliders: measured on the text, and ranked among all documents of a dataset.
+
+A slider at 0.9 means "more than in nine documents of ten". A dataset folder holds, beside its tokens,
+`attributes.safetensors` (the rank of every document for every attribute, and how often each token occurs) and
+`attributes.json` (the names and the distributions), with which other text is ranked in the same way.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save
+
+from ncn.data import TokenDataset
+from ncn.errors import UserError
+from ncn.files import write_atomically
+from ncn.progress import ProgressReport
+
+VALUES, TABLE = "attributes.safetensors", "attributes.json"
+QUANTILES = 1001
+_TOKEN_COUNTS = "token_counts"
+_SENTENCE_END = re.compile(r"[.!?]+[\"'”’]*(?:\s|$)")
+_QUOTED = re.compile(r"“[^”]*”|\"[^\"]*\"")
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+
+Array = npt.NDArray[np.float64]
+
+
+def _words(text: str) -> int:
+    return len(_WORD.findall(text))
+
+
+def _sentences(text: str) -> int:
+    return max(len(_SENTENCE_END.findall(text)), 1)
+
+
+MEASURES: Mapping[str, Callable[[str], float]] = {
+    "dialogue": lambda text: sum(map(len, _QUOTED.findall(text))) / max(len(text), 1),
+    "sentence_length": lambda text: _words(text) / _sentences(text),
+    "length": _words,
+    "exclamations": lambda text: text.count("!") / _sentences(text),
+    "questions": lambda text: text.count("?") / _sentences(text),
+}
+"""What is measured on the text: the share of characters inside quotation marks, words a sentence, words, exclamation
+marks and question marks a sentence. `rarity`, the mean of −log₂ of each token's frequency, and, where the package
+vaderSentiment is installed, `sentiment`, from −1 to 1, come with them."""
+
+
+def measure(text: str, tokens: npt.NDArray[np.int64], counts: Array) -> dict[str, float]:
+    """The attributes of one document. `counts` (vocabulary,) is how often each token occurs in the reference data."""
+    found = {name: float(function(text)) for name, function in MEASURES.items()}
+    frequency = (counts[tokens] + 1) / (counts.sum() + len(counts))
+    found["rarity"] = float(-np.log2(frequency).mean()) if len(tokens) else 0.0
+    if (analyser := _sentiment()) is not None:
+        found["sentiment"] = float(analyser.polarity_scores(text)["compound"])
+    return found
+
+
+def rank(values: Array, quantiles: Array) -> Array:
+    """Where `values` lie in a distribution, from 0 to 1, ties in the middle; `quantiles` are sorted."""
+    below = np.searchsorted(quantiles, values, side="left") + np.searchsorted(quantiles, values, side="right")
+    ranks: Array = below / (2 * len(quantiles))
+    return ranks
+
+
+def write_attributes(folder: str | Path, reference: str | Path | None = None, *, progress: bool = False) -> list[str]:
+    """Measure every document of the dataset in `folder`, and write their ranks there; returns the attributes' names.
+
+    Ranks are those among the documents of `reference`, another dataset folder with attributes and the same tokenizer,
+    or among its own. Raises `UserError` for a reference without attributes.
+    """
+    dataset = TokenDataset.open(folder)
+    decode = dataset.tokenizer().decode
+    bounds = [*dataset.document_starts().tolist(), dataset.tokens]
+    table = read_table(reference) if reference is not None else None
+    if table is None:
+        counts = np.zeros(dataset.vocab_size)
+        for start in range(0, dataset.tokens, 1 << 20):
+            size = min(1 << 20, dataset.tokens - start)
+            counts += np.bincount(dataset.read(start, size), minlength=dataset.vocab_size)
+    else:
+        assert reference is not None
+        counts = load_file(Path(reference) / VALUES)[_TOKEN_COUNTS]
+    rows: list[dict[str, float]] = []
+    with ProgressReport("measure", dataset.tokens, progress) as bar:
+        for start, end in itertools.pairwise(bounds):
+            tokens = dataset.read(start + 1, end - start - 1)
+            rows.append(measure(decode(tokens.tolist()), tokens, counts))
+            bar.update(end, end)
+    names = list(rows[0]) if table is None else [name for name in table if name in rows[0]]
+    measured = {name: np.array([row[name] for row in rows]) for name in names}
+    shares = np.linspace(0, 1, QUANTILES)
+    quantiles = table or {name: np.quantile(values, shares).tolist() for name, values in measured.items()}
+    ranks = np.stack([rank(measured[name], np.array(quantiles[name])) for name in names], 1).astype(np.float32)
+    write_atomically(Path(folder) / VALUES, save({"ranks": ranks, _TOKEN_COUNTS: counts}))
+    content = {"attributes": {name: quantiles[name] for name in names}, "data": dataset.fingerprint}
+    write_atomically(Path(folder) / TABLE, json.dumps(content) + "\n")
+    return names
+
+
+def read_table(folder: str | Path) -> dict[str, list[float]]:
+    """The quantiles of each attribute in a dataset folder, by name."""
+    return dict(_read(Path(folder))["attributes"])
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads((folder / TABLE).read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no attributes: prepare it with --attributes") from None
+    except ValueError:
+        raise UserError(f"{folder / TABLE} cannot be read: prepare the data with --attributes again") from None
+    return content
+
+
+class DocumentSliders:
+    """The sliders of a dataset's tokens: those of the document that each token is in."""
+
+    def __init__(self, dataset: TokenDataset, names: tuple[str, ...]) -> None:
+        """Raises `UserError` where the dataset has no such attribute."""
+        content = _read(dataset.folder)
+        known = list(content["attributes"])
+        for name in names:
+            if name not in known:
+                raise UserError(f"{dataset.folder} has no attribute {name!r}; it has {', '.join(known)}")
+        if content["data"] != dataset.fingerprint:
+            raise UserError(f"the attributes in {dataset.folder} are of other data: prepare it with --attributes again")
+        ranks = load_file(dataset.folder / VALUES)["ranks"]
+        self.ranks = ranks[:, [known.index(name) for name in names]]
+        self.dataset, self.starts = dataset, dataset.document_starts()
+
+    def batch(self, seed: int, step: int, batch_size: int, context: int, dropout: float) -> npt.NDArray[np.float32]:
+        """Ranks for the inputs of `TokenDataset.batch`: (batch, tokens, sliders), NaN where they are unset.
+
+        With probability `dropout` a window has none set, and else with the same probability each one is left out: a
+        pure function of the arguments, as the batch is.
+        """
+        places = self.dataset.batch_starts(seed, step, batch_size, context)[:, None] + np.arange(context)
+        documents = np.searchsorted(self.starts, places % self.dataset.tokens, side="right") - 1
+        values = self.ranks[documents]
+        drawn = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, step, 1])))
+        whole = drawn.random((batch_size, 1, 1)) < dropout
+        single = drawn.random((batch_size, 1, values.shape[-1])) < dropout
+        values[np.broadcast_to(whole | single, values.shape)] = np.nan
+        return values
+
+
+def _sentiment() -> Any:
+    if "analyser" not in _CACHE:
+        try:
+            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+        except ImportError:
+            _CACHE["analyser"] = None
+        else:
+            _CACHE["analyser"] = SentimentIntensityAnalyzer()
+    return _CACHE["analyser"]
+
+
+_CACHE: dict[str, Any] = {}

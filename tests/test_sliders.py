@@ -1,0 +1,215 @@
+"""Inputs from outside: unset they do nothing, set they act on their own row from their own token on, the same in every
+way of running; and what is measured on a text is what it says."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ncn
+from contracts.variants import SMALL_CONTROLLER, awake, config, text
+from ncn.attributes import MEASURES, DocumentSliders, rank, read_table, write_attributes
+from ncn.cache import Cache
+from ncn.generate import generate_tokens
+from ncn.model import ModulatedTransformer
+from ncn.prepare import prepare
+from ncn.reference import reference
+from ncn.train import train
+
+NAN = math.nan
+
+
+def with_sliders(**controller: Any) -> ModulatedTransformer:
+    return awake(config(SMALL_CONTROLLER | {"sliders": ["calm", "long"]} | controller))
+
+
+def values(*rows: tuple[float, float]) -> torch.Tensor:
+    """(batch, 1, sliders)"""
+    return torch.tensor(rows, dtype=torch.float64)[:, None]
+
+
+def test_unset_they_do_nothing_at_all() -> None:
+    model = with_sliders()
+    plain = model(text(12)).logits
+    assert torch.equal(model(text(12), sliders=values((NAN, NAN), (NAN, NAN))).logits, plain)
+    assert not torch.allclose(model(text(12), sliders=values((0.5, NAN), (0.5, NAN))).logits, plain)
+
+
+def test_a_model_without_sliders_has_the_parameters_that_it_had() -> None:
+    torch.manual_seed(0)
+    plain = ModulatedTransformer(config()).state_dict()
+    torch.manual_seed(0)
+    more = ModulatedTransformer(config(SMALL_CONTROLLER | {"sliders": ["calm"]})).state_dict()
+    assert set(more) - set(plain) == {"controller.networks.0.slider_input.weight"}
+
+
+def test_before_training_they_change_nothing_and_get_a_gradient_later() -> None:
+    model = ModulatedTransformer(config(SMALL_CONTROLLER | {"sliders": ["calm"]}))
+    given = torch.tensor([[[0.9]], [[0.1]]])
+    assert torch.equal(model(text(12)).logits, model(text(12), sliders=given).logits)
+    model = with_sliders()
+    model(text(12), sliders=values((0.9, 0.1), (0.2, NAN))).logits.square().sum().backward()
+    weight = model.controller.networks["0"].slider_input.weight
+    assert (weight.grad.abs().sum(0) > 0).all()
+
+
+def test_a_slider_acts_on_its_row_and_from_its_token_on() -> None:
+    model, ids = with_sliders(), text(12)
+    plain = model(ids).logits
+    given = torch.full((2, 12, 2), NAN, dtype=torch.float64)
+    given[1, 7:, 0] = 0.8
+    moved = model(ids, sliders=given).logits
+    assert torch.equal(moved[0], plain[0])
+    assert torch.equal(moved[1, :7], plain[1, :7])
+    assert (moved[1, 7:] != plain[1, 7:]).any(-1).all()
+
+
+def test_the_equations_say_the_same() -> None:
+    model, ids = with_sliders(taps=[0, 1]), text(9)
+    given = torch.rand(2, 9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    given[0, :, 1] = NAN
+    said = model(ids, sliders=given, output_signals=True)
+    expected = reference(model, ids, sliders=given)
+    assert torch.allclose(said.logits, expected.logits, atol=1e-10)
+    for name, signal in expected.signals.items():
+        assert torch.allclose(said.signals[name], signal, atol=1e-10)
+
+
+def test_decoding_with_a_moving_slider_is_the_whole_forward() -> None:
+    model, ids, cache = with_sliders(), text(12), Cache()
+    given = torch.linspace(0, 1, 24, dtype=torch.float64).view(1, 12, 2).repeat(2, 1, 1)
+    whole = model(ids, sliders=given).logits
+    parts = [
+        model(ids[:, a:b], cache=cache, sliders=given[:, a:b]).logits for a, b in [(0, 5), (5, 6), (6, 7), (7, 12)]
+    ]
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-10)
+
+
+def test_generation_with_sliders_and_guidance() -> None:
+    model = with_sliders()
+
+    def made(**options: Any) -> list[int]:
+        return list(generate_tokens(model, [3, 4, 5], max_tokens=8, temperature=0.0, **options))
+
+    ids = [3, 4, 5]
+    for number in range(8):  # a slider that moves from 0 to 1, without a cache
+        given = torch.full((1, len(ids), 2), NAN, dtype=torch.float64)
+        for place in range(len(ids)):
+            given[0, place, 0] = max(place - 2, 0) / 7
+        ids.append(int(model(torch.tensor([ids]), sliders=given).logits[0, -1].argmax()))
+        assert number < 8
+    assert made(sliders={"calm": (0.0, 1.0)}) == ids[3:]
+    assert made(sliders={"calm": 0.9}, guidance=0.0) == made()
+    assert made(sliders={"calm": 0.9}, guidance=1.0) == made(sliders={"calm": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sliders": {"loud": 0.5}}, "no slider 'loud'; it has calm, long"),
+        ({"sliders": {"calm": 1.5}}, "slider calm is 1.5; it must lie from 0 to 1"),
+        ({"sliders": {"calm": (0.0, -1.0)}}, "it must lie from 0 to 1"),
+        ({"guidance": 2.0}, "none is set"),
+    ],
+)
+def test_wrong_settings_are_one_line_each(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ncn.UserError) as caught:
+        list(generate_tokens(with_sliders(), [3], max_tokens=2, **options))
+    assert words in str(caught.value)
+    with pytest.raises(ncn.UserError, match="it has none"):
+        list(generate_tokens(awake(config()), [3], max_tokens=2, sliders={"calm": 0.5}))
+    with pytest.raises(ncn.UserError, match="3 sliders were given, and this model has 2: calm, long"):
+        with_sliders()(text(4), sliders=torch.zeros(1, 1, 3))
+
+
+def test_measures() -> None:
+    story = 'Tom ran. "Stop!" said Sue. Why did he run?'
+    assert MEASURES["dialogue"](story) == len('"Stop!"') / len(story)
+    assert MEASURES["length"](story) == 9
+    assert MEASURES["sentence_length"](story) == 9 / 4
+    assert MEASURES["exclamations"](story) == 1 / 4
+    assert MEASURES["questions"](story) == 1 / 4
+    assert MEASURES["sentence_length"]("") == 0
+
+
+def test_ranks_say_more_than_so_many_and_put_ties_in_the_middle() -> None:
+    quantiles = np.quantile(np.array([0.0] * 40 + list(range(1, 61))), np.linspace(0, 1, 1001))
+    assert rank(np.array([0.0, 61.0, -1.0]), quantiles) == pytest.approx([0.2, 1, 0], abs=0.01)
+    assert rank(np.array([50.0]), quantiles) == pytest.approx([0.9], abs=0.011)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("attributes")
+    stories = [f"Tom had {n} cats. " + '"Oh!" he said. ' * (n % 7) + "They ran. " * (n % 5) for n in range(120)]
+    (folder / "text.txt").write_text("\n<|endoftext|>\n".join(stories))
+    prepare([str(folder / "text.txt")], folder / "data", vocab_size=300)
+    write_attributes(folder / "data")
+    return folder
+
+
+def test_every_token_has_the_sliders_of_its_document(data: Path) -> None:
+    dataset = ncn.TokenDataset.open(data / "data")
+    sliders = DocumentSliders(dataset, ("dialogue", "length"))
+    batch = dataset.batch(3, 5, 4, 64)
+    found = sliders.batch(3, 5, 4, 64, dropout=0.0)
+    assert found.shape == (4, 64, 2)
+    decode, table = dataset.tokenizer().decode, read_table(data / "data")
+    bounds = [*sliders.starts.tolist(), dataset.tokens]
+    texts = [decode(dataset.read(a + 1, b - a - 1).tolist()) for a, b in zip(bounds, bounds[1:], strict=False)]
+    checked = 0
+    for row in range(4):
+        ids = batch.inputs[row].tolist()
+        borders = [place for place, token in enumerate(ids) if token == dataset.separator_id]
+        for a, b in zip(borders, borders[1:], strict=False):  # whole documents inside the window
+            story = decode(ids[a + 1 : b])
+            assert story in texts
+            expected = [rank(np.array([MEASURES[n](story)]), np.array(table[n]))[0] for n in ("dialogue", "length")]
+            assert found[row, a:b] == pytest.approx(np.tile(expected, (b - a, 1)), abs=1e-6)
+            checked += 1
+    assert checked > 2
+    assert np.array_equal(found, sliders.batch(3, 5, 4, 64, dropout=0.0))
+    dropped = np.stack([np.isnan(sliders.batch(3, step, 16, 64, dropout=0.2))[:, 0] for step in range(100)])
+    assert dropped.mean() == pytest.approx(0.2 + 0.8 * 0.2, abs=0.03)
+    assert dropped.all(-1).mean() == pytest.approx(0.2 + 0.8 * 0.04, abs=0.03)
+
+
+def test_other_text_is_ranked_among_the_documents_of_the_first(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("Tom ran home. " * 60)
+    prepare([str(tmp_path / "long.txt")], tmp_path / "valid", tokenizer=str(data / "data"))
+    assert write_attributes(tmp_path / "valid", data / "data") == list(read_table(data / "data"))
+    valid = ncn.TokenDataset.open(tmp_path / "valid")
+    assert DocumentSliders(valid, ("length",)).ranks.tolist() == [[1.0]]
+    assert read_table(tmp_path / "valid") == read_table(data / "data")
+
+
+def test_training_uses_them_and_continues_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    settings = [
+        "tokens=4000", "context=64", "context_length=64", "d_model=32", "num_layers=2", "batch_size=4",
+        "controller.sliders=[dialogue,length]", "controller.width=8", "checkpoint_every=5", "learning_rate=1e-2",
+    ]  # fmt: skip
+    recipe = ncn.Recipe.read("mini", settings)
+    train(recipe, data / "data", tmp_path / "whole", progress=False)
+    train(recipe, data / "data", tmp_path / "parts", progress=False)
+    (tmp_path / "parts" / "summary.json").unlink()
+    sorted((tmp_path / "parts" / "checkpoints").glob("*.safetensors"))[-1].unlink()
+    train(recipe, data / "data", tmp_path / "parts", resume=True, progress=False)
+    one, other = (ncn.load(tmp_path / name)[0].state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    torch.manual_seed(recipe.train.seed)
+    start = ModulatedTransformer(ncn.load(tmp_path / "whole")[0].config).state_dict()
+    name = "controller.networks.0.slider_input.weight"
+    assert not torch.equal(one[name], start[name])
+    for wrong, words in [("tempo", "no attribute 'tempo'; it has dialogue"), (None, "prepare it with --attributes")]:
+        place = data / "data" if wrong else tmp_path / "plain"
+        if not wrong:
+            prepare([str(data / "text.txt")], place, vocab_size=300)
+        changed = recipe.with_settings([f"controller.sliders=[{wrong or 'dialogue'}]"])
+        with pytest.raises(ncn.UserError, match=words):
+            train(changed, place, tmp_path / "none", progress=False)
+        assert not (tmp_path / "none").exists()
