@@ -3,6 +3,7 @@ way of running; and what is measured on a text is what it says."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -161,15 +162,17 @@ def test_every_token_has_the_sliders_of_its_document(data: Path) -> None:
     assert found.shape == (4, 64, 2)
     decode, table = dataset.tokenizer().decode, read_table(data / "data")
     bounds = [*sliders.starts.tolist(), dataset.tokens]
-    texts = [decode(dataset.read(a + 1, b - a - 1).tolist()) for a, b in zip(bounds, bounds[1:], strict=False)]
+    texts = [decode(dataset.read(a + 1, b - a - 1).tolist()) for a, b in itertools.pairwise(bounds)]
     checked = 0
     for row in range(4):
         ids = batch.inputs[row].tolist()
         borders = [place for place, token in enumerate(ids) if token == dataset.separator_id]
-        for a, b in zip(borders, borders[1:], strict=False):  # whole documents inside the window
+        for a, b in itertools.pairwise(borders):  # whole documents inside the window
             story = decode(ids[a + 1 : b])
             assert story in texts
-            expected = [rank(np.array([MEASURES[n](story)]), np.array(table[n]))[0] for n in ("dialogue", "length")]
+            expected = [
+                rank(np.array([float(MEASURES[n](story))]), np.array(table[n]))[0] for n in ("dialogue", "length")
+            ]
             assert found[row, a:b] == pytest.approx(np.tile(expected, (b - a, 1)), abs=1e-6)
             checked += 1
     assert checked > 2
