@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ncn.errors import UserError
     from ncn.evaluate import bits_per_byte
     from ncn.model import ModelOutput, ModulatedTransformer
-    from ncn.retrofit import attach, load_controller
+    from ncn.retrofit import attach, load_controller  # noqa: F401 - public, and not in __all__
     from ncn.scanner import scan
     from ncn.store import load, save_model
     from ncn.tokenizer import Tokenizer
