@@ -7,6 +7,7 @@ A slider at 0.9 means "more than in nine documents of ten". A dataset folder hol
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -152,15 +153,11 @@ class DocumentSliders:
         return values
 
 
+@functools.cache
 def _sentiment() -> Any:
-    if "analyser" not in _CACHE:
-        try:
-            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-        except ImportError:
-            _CACHE["analyser"] = None
-        else:
-            _CACHE["analyser"] = SentimentIntensityAnalyzer()
-    return _CACHE["analyser"]
-
-
-_CACHE: dict[str, Any] = {}
+    """The analyser of vaderSentiment, or None where the package is not installed."""
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError:
+        return None
+    return SentimentIntensityAnalyzer()

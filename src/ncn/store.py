@@ -26,6 +26,8 @@ from ncn.tokenizer import Tokenizer
 
 MODEL_TYPE = "ncn"
 """What `config.json` calls this architecture."""
+CONTROLLER = "controller.json"
+"""Says that a folder holds a controller, whose base is elsewhere."""
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
@@ -50,19 +52,7 @@ def save_model(
     dtype = dtype or model.embedding.weight.dtype
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    part = folder / (WEIGHTS + PART_SUFFIX)
-    try:
-        # transformers refuses a file that does not name its framework
-        save_file(tensors, part, metadata={"format": "pt"})
-        readable_as_usual(part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, folder / WEIGHTS)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from None
-    finally:
-        if part.is_file():
-            part.unlink()
+    write_tensors(folder / WEIGHTS, tensors)
     if tokenizer is not None:
         tokenizer.save(folder)
     separator = model.config.separator_id if tokenizer is None else tokenizer.separator_id
@@ -76,6 +66,23 @@ def save_model(
     }
     # Last, because a folder without it is no model: a kill in between leaves nothing that looks complete.
     write_atomically(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file under a temporary name, and rename it once it is on disk."""
+    part = path.with_name(path.name + PART_SUFFIX)
+    try:
+        # transformers refuses a file that does not name its framework
+        save_file(tensors, part, metadata={"format": "pt"})
+        readable_as_usual(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        if part.is_file():
+            part.unlink()
 
 
 def standard_fields(config: NCNConfig) -> dict[str, Any]:
@@ -103,7 +110,7 @@ def load(
     that of the file. Raises `UserError` when there is no such model, or when its files are damaged or do not fit.
     """
     folder = find(name_or_path)
-    if (folder / "controller.json").is_file():
+    if (folder / CONTROLLER).is_file():
         from ncn.retrofit.model import load_retrofitted
 
         return load_retrofitted(folder)

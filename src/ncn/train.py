@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ncn.attributes import DocumentSliders
 from ncn.config import Recipe, TrainConfig
 from ncn.data import Batch, TokenDataset
+from ncn.devices import arithmetic, find_device
 from ncn.errors import UserError
 from ncn.evaluate import document_losses, evaluate
 from ncn.loss import IGNORED
@@ -54,6 +55,7 @@ class Training:
     model: ModulatedTransformer
     device: torch.device
     autocast: torch.dtype | None
+    sliders: DocumentSliders | None = None
     step: int = 0
     sums: Accumulated = field(default_factory=Accumulated)
     warned: bool = False
@@ -67,8 +69,6 @@ class Training:
         self.total_steps = math.ceil(self.config.tokens / self.tokens_per_step)
         self.optimizers = build_optimizers(self.model, self.config)
         self.loss = self.model.loss
-        controller = self.recipe.model.controller
-        self.sliders = DocumentSliders(self.dataset, controller.sliders) if controller and controller.sliders else None
         if self.config.compile:
             self.model.hidden_states = torch.compile(self.model.hidden_states)  # type: ignore[method-assign]
 
@@ -272,8 +272,8 @@ def begin(recipe: Recipe, data: str | Path, out: str | Path, *, valid: str | Pat
     dataset.tokenizer()  # a run that cannot save its tokenizer in the end should not begin
     valid_set = TokenDataset.open(valid) if valid else None
     recipe = fit_to_data(recipe, dataset)
-    if recipe.model.controller and recipe.model.controller.sliders:
-        DocumentSliders(dataset, recipe.model.controller.sliders)  # what is missing is said before a folder is made
+    controller = recipe.model.controller
+    sliders = DocumentSliders(dataset, controller.sliders) if controller and controller.sliders else None
     context = recipe.train.context or recipe.model.context_length
     if dataset.tokens < context:
         raise UserError(
@@ -292,7 +292,7 @@ def begin(recipe: Recipe, data: str | Path, out: str | Path, *, valid: str | Pat
         run.check_unchanged(recipe, identity)
     else:
         run = RunFolder.create(out, recipe, describe_environment(device, autocast=str(autocast), **identity))
-    return Training(recipe, run, dataset, valid_set, model, device, autocast)
+    return Training(recipe, run, dataset, valid_set, model, device, autocast, sliders)
 
 
 def _build(recipe: Recipe, device: torch.device) -> ModulatedTransformer:
@@ -404,29 +404,3 @@ def _chained(before: str, batch: Batch) -> str:
     for tensor in batch:
         link.update(tensor.numpy().tobytes())
     return link.hexdigest()
-
-
-def arithmetic(precision: str, device: torch.device) -> torch.dtype | None:
-    """The type that matrix products are computed in under autocast, None for float32."""
-    if precision == "float32":
-        return None
-    if precision == "bfloat16":
-        return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-    fast = (
-        getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-        or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    )
-    return torch.bfloat16 if fast else None
-
-
-def find_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"no device {name!r} here; use device=cpu or device=auto") from None
-    return device

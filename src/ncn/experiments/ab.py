@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncn.config import Recipe, TrainConfig
+from ncn.devices import arithmetic, find_device
 from ncn.encoding import usable_cores
 from ncn.errors import UserError
 from ncn.experiments.arms import AGAIN, BASELINE, Arm, build_arms
@@ -30,7 +31,7 @@ from ncn.experiments.noise import seed_noise
 from ncn.experiments.splits import Splits, make_splits
 from ncn.experiments.timing import measure_steps
 from ncn.runs import FREE_SETTINGS, describe_environment, flat, read_json, write_json
-from ncn.train import arithmetic, find_device, fit_to_data
+from ncn.train import fit_to_data
 
 if TYPE_CHECKING:
     from ncn.experiments.report import Report

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from ncn.config import Recipe
+from ncn.devices import find_device
 from ncn.encoding import usable_cores
 from ncn.errors import UserError
 from ncn.experiments.ab import RATES, best_rate, next_rate
@@ -33,7 +34,7 @@ from ncn.experiments.launch import Job, Launcher, launch
 from ncn.experiments.splits import Splits, make_splits
 from ncn.experiments.timing import measure_steps
 from ncn.runs import FREE_SETTINGS, describe_environment, flat, read_json, write_json
-from ncn.train import find_device, fit_to_data
+from ncn.train import fit_to_data
 
 ARMS = (BASELINE, NCN)
 BUDGETS = (250_000, 500_000, 1_000_000)

@@ -92,7 +92,7 @@ def steer(
     step = len(documents) // prompts
     beginnings = torch.tensor([document[: PROMPT_TOKENS + 1] for document in documents[::step][:prompts]])
     found: dict[str, Any] = {}
-    total, done = len(names) * len(SETTINGS) * seeds * prompts, 0
+    total, done, written = len(names) * len(SETTINGS) * seeds * prompts, 0, 0
     with ProgressReport("write", total, progress) as bar:
         for index, name in enumerate(names):
             ranks = np.zeros((len(quantiles), seeds, len(SETTINGS), prompts))
@@ -107,7 +107,8 @@ def steer(
                         model, rows, sliders, tokenizer.separator_id, longest, temperature, seed * prompts + first
                     )
                     done += len(rows)
-                    bar.update(done, done)
+                    written += sum(map(len, stories[-len(rows) :]))
+                    bar.update(done, written)
                 measured = [measure(tokenizer.decode(ids), np.array(ids), counts) for ids in stories]
                 for row, (attribute, known_ranks) in enumerate(quantiles.items()):
                     values = np.array([story[attribute] for story in measured])

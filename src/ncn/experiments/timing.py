@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import torch
 
 from ncn.config import Recipe
+from ncn.devices import arithmetic, find_device
 from ncn.model import ModulatedTransformer
 from ncn.optimizers import build_optimizers
-from ncn.train import arithmetic, find_device
 
 _ROUNDS = 3
 _MEASURED_TOKENS = 16_384

@@ -28,6 +28,7 @@ from ncn.modulation import Factors, layer_factors, scale
 from ncn.retrofit.attention import CARRIER, use_sharpened_attention
 from ncn.retrofit.families import Family, family_of, find_sites
 from ncn.retrofit.masks import real_tokens
+from ncn.retrofit.probe import check_sites
 from ncn.segments import find_segments
 from ncn.signals import SIGNALS, SignalLayout, homeostatic_loss
 
@@ -35,7 +36,6 @@ NAME = "ncn_controller"
 """What the controller is called among the model's modules while it is attached."""
 LONGEST_MEMORY = 2048
 """Tokens; the slowest salience head of a new controller fades over the base's context, and at most over these."""
-_CANCELS = 1e-4
 
 
 @dataclass(eq=False)
@@ -98,14 +98,15 @@ class AttachedController:
         self.controller.to(next(self.decoder.parameters()).device)
         self._enabled = True
         self._frozen: Frozen = {}
-        self._probe: dict[int, Factors] | None = None
-        self._current: dict[int, Factors | None] = {}
+        self.probe: dict[int, Factors] | None = None
+        """While the sites are checked: the factors that take the signals' place."""
+        self.current: dict[int, Factors | None] = {}
         self._last: dict[str, Tensor] = {}
         self._last_mask: Tensor | None = None
         self._undo: list[Callable[[], object]] = [use_sharpened_attention(model, self.decoder)]
         try:
             self._add_hooks()
-            self._check_sites()
+            check_sites(self)
         except BaseException:
             self._undo_all()
             raise
@@ -192,7 +193,7 @@ class AttachedController:
         if getattr(self.model, NAME, None) is not self.controller:
             raise UserError("this controller is not attached any more")
         self._undo_all()
-        self._current, self._last, self._last_mask = {}, {}, None
+        self.current, self._last, self._last_mask = {}, {}, None
 
     # How it gets there
 
@@ -250,8 +251,8 @@ class AttachedController:
             keywords = getattr(layer._gradient_checkpointing_func, "keywords", {})
             if keywords.get("use_reentrant", True):
                 raise UserError(
-                    "reentrant gradient checkpointing returns no gradients to the controller; call "
-                    'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+                    "reentrant gradient checkpointing returns no gradients to the controller; enable it with "
+                    '{"use_reentrant": False}'
                 )
 
     def _tap(self, index: int) -> Callable[..., None]:
@@ -259,8 +260,8 @@ class AttachedController:
             carrier: Carrier | None = kwargs.get(CARRIER)
             if carrier is None:
                 return
-            if self._probe is not None:
-                carrier.factors = self._probe
+            if self.probe is not None:
+                carrier.factors = self.probe
                 return
             hidden: Tensor = args[0] if args else kwargs["hidden_states"]
             if index == 0:
@@ -290,7 +291,7 @@ class AttachedController:
     def _unpack(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             carrier: Carrier | None = kwargs.get(CARRIER)
-            self._current[index] = None if carrier is None else carrier.factors[index]
+            self.current[index] = None if carrier is None else carrier.factors[index]
 
         return hook
 
@@ -298,11 +299,11 @@ class AttachedController:
         heads = self.core_config.num_heads
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            factors = self._current.get(index)
+            factors = self.current.get(index)
             if factors is None or factors.head is None:
                 return None
             outputs = torch.unflatten(args[0], -1, (heads, -1))
-            if self._probe is not None and outputs.shape != factors.head.shape:
+            if self.probe is not None and outputs.shape != factors.head.shape:
                 raise UserError(
                     f"the projection that the Family names reads {args[0].shape[-1]} numbers, which are not "
                     f"{heads} heads of {factors.head.shape[-1]}; name the module that joins the heads"
@@ -313,9 +314,9 @@ class AttachedController:
 
     def _scale_output(self, index: int, site: Literal["attention", "ffn"]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            factors = self._current.get(index)
+            factors = self.current.get(index)
             if site == "ffn":  # the last site of a layer
-                self._current[index] = None
+                self.current[index] = None
             factor = None if factors is None else getattr(factors, site)
             if factor is None:
                 return None
@@ -327,7 +328,7 @@ class AttachedController:
 
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         carrier: Carrier | None = kwargs.get(CARRIER)
-        if carrier is None or self._probe is not None:
+        if carrier is None or self.probe is not None:
             return
         parts = [carrier.signals[tap] for tap in sorted(carrier.signals)]
         self._last = (
@@ -338,69 +339,6 @@ class AttachedController:
         self._last_mask = None if carrier.segments is None else carrier.segments > 0
         if carrier.cache is not None:
             carrier.cache.advance(carrier.tokens)
-
-    def _check_sites(self) -> None:
-        """One small forward and backward pass: is every site of every layer on the way to the output, and does its
-        scale matter there?
-
-        The probe has a factor for every number. Where a norm follows that removes any scale, their gradients within a
-        row are not zero, but they cancel.
-        """
-        tokens, heads = 4, self.core_config.num_heads
-        config: Any = self.decoder.config
-        width, device = config.hidden_size, next(self.decoder.parameters()).device
-        per_head = (1, tokens, heads, getattr(config, "head_dim", None) or width // heads)
-        sites = {
-            "query": ("precision", per_head),
-            "head": ("head_gate", per_head),
-            "attention": ("gain", (1, tokens, width)),
-            "ffn": ("gain and ffn_gate", (1, tokens, width)),
-        }
-        probe = {
-            index: Factors(
-                **{site: torch.ones(shape, device=device).requires_grad_() for site, (_, shape) in sites.items()}
-            )
-            for index in range(len(self.sites))
-        }
-        leaves = [getattr(factors, site) for factors in probe.values() for site in sites]
-        grads = iter(self._gradients(probe, leaves, tokens))
-        exact = next(self.decoder.parameters()).dtype in (torch.float32, torch.float64)
-        for index in probe:
-            for site, (signal, _) in sites.items():
-                grad = next(grads)
-                size = torch.zeros(1) if grad is None else grad.abs().sum(-1)
-                if grad is None or not size.max() > 0:
-                    raise UserError(
-                        f"{signal} has no effect on layer {index}: its {site} site, as the Family names it, is not on "
-                        "the way to the output"
-                    )
-                left = (grad.sum(-1).abs() / size).nan_to_num().max().item()
-                if exact and left < _CANCELS:
-                    raise UserError(
-                        f"{signal} has no effect on layer {index}: a norm behind its {site} site, as the Family names "
-                        "it, undoes any scale; name the last module before the residual sum"
-                    )
-
-    def _gradients(self, probe: dict[int, Factors], leaves: list[Tensor], tokens: int) -> tuple[Tensor | None, ...]:
-        """Of a random function of the output, by the factors of the probe."""
-        training = {module: module.training for module in self.model.modules()}
-        self.model.eval()  # type: ignore[no-untyped-call]
-        self._probe = probe
-        device = leaves[0].device
-        ids = torch.arange(1, tokens + 1, device=device)[None] % self.core_config.vocab_size
-        try:
-            with torch.enable_grad():
-                logits: Tensor = self.model(input_ids=ids, use_cache=False).logits.float()
-                weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(device)
-                return torch.autograd.grad((logits.log_softmax(-1) * weights).sum(), leaves, allow_unused=True)
-        except RuntimeError as error:
-            problem = str(error).strip().splitlines()[0]
-            raise UserError(f"the model does not run with the sites that the Family names: {problem}") from None
-        finally:
-            self._probe = None
-            self._current = {}
-            for module, flag in training.items():
-                module.training = flag
 
 
 def core_config(config: Any, controller: ControllerConfig | None, layers: int) -> NCNConfig:

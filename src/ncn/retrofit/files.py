@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from ncn.config import ControllerConfig
 from ncn.errors import UserError
-from ncn.files import PART_SUFFIX, readable_as_usual, write_atomically
+from ncn.files import write_atomically
 from ncn.retrofit.attach import AttachedController, attach
 from ncn.retrofit.families import Family
 from ncn.runs import read_json
+from ncn.store import CONTROLLER, write_tensors
 
-CONFIG, WEIGHTS = "controller.json", "controller.safetensors"
+WEIGHTS = "controller.safetensors"
 _CHANGEABLE = {
     "transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "use_cache", "architectures",
     "quantization_config", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
@@ -47,21 +47,13 @@ def save_controller(handle: AttachedController, folder: Path, base_name: str | N
     """Write the controller; each file under a temporary name first. The configuration comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in handle.controller.state_dict().items()}
-    part = folder / (WEIGHTS + PART_SUFFIX)
-    try:
-        save_file(tensors, part, metadata={"format": "pt"})
-        readable_as_usual(part)
-        os.replace(part, folder / WEIGHTS)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"cannot write {folder / WEIGHTS}: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
+    write_tensors(folder / WEIGHTS, tensors)
     content = {
         "format": 1,
         "controller": handle.config.model_dump(mode="json"),
         "base": describe_base(handle.model),
     } | ({"base_name": base_name} if base_name else {})
-    write_atomically(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+    write_atomically(folder / CONTROLLER, json.dumps(content, indent=2) + "\n")
 
 
 def load_controller(
@@ -74,10 +66,10 @@ def load_controller(
             `attach` raises.
     """
     folder = Path(folder)
-    content = read_json(folder / CONFIG)
+    content = read_json(folder / CONTROLLER)
     missing = {"format", "controller", "base"} - content.keys()
     if missing:
-        raise UserError(f"{folder / CONFIG} lacks {', '.join(sorted(missing))}: it is no controller's configuration")
+        raise UserError(f"{folder / CONTROLLER} lacks {', '.join(sorted(missing))}: it describes no controller")
     inner: Any = model
     base = describe_base(inner.get_base_model() if hasattr(inner, "get_base_model") else inner)
     for name, word in _WORDS.items():
@@ -104,5 +96,5 @@ def load_controller(
             handle.controller.load_state_dict(tensors)
     except RuntimeError:
         handle.detach()
-        raise UserError(f"{folder / WEIGHTS} does not hold the controller that {CONFIG} describes") from None
+        raise UserError(f"{folder / WEIGHTS} does not hold the controller that {CONTROLLER} describes") from None
     return handle

@@ -19,8 +19,9 @@ from ncn.config import NCNConfig, Recipe
 from ncn.errors import UserError
 from ncn.model import Frozen, ModulatedTransformer
 from ncn.retrofit.attach import AttachedController, attach, core_config
-from ncn.retrofit.files import CONFIG, load_controller
+from ncn.retrofit.files import load_controller
 from ncn.runs import read_json
+from ncn.store import CONTROLLER
 from ncn.tokenizer import Tokenizer
 from ncn.types import Hidden
 
@@ -122,7 +123,7 @@ def build_retrofitted(recipe: Recipe, device: torch.device) -> RetrofittedModel:
 
 def load_retrofitted(folder: Path) -> tuple[RetrofittedModel, Tokenizer]:
     """A controller with the base that it was trained on, and the tokenizer. Raises `UserError` where they are gone."""
-    place = read_json(folder / CONFIG).get("base_name")
+    place = read_json(folder / CONTROLLER).get("base_name")
     if not isinstance(place, str):
         raise UserError(f"{folder} does not say where its base is; load the base, then ncn.load_controller(base, path)")
     base = _load_base(place)

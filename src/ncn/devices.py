@@ -1,0 +1,34 @@
+"""Where to compute, and in which number format."""
+
+from __future__ import annotations
+
+import torch
+
+from ncn.errors import UserError
+
+
+def arithmetic(precision: str, device: torch.device) -> torch.dtype | None:
+    """The type that matrix products are computed in under autocast, None for float32."""
+    if precision == "float32":
+        return None
+    if precision == "bfloat16":
+        return torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    fast = (
+        getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+        or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    )
+    return torch.bfloat16 if fast else None
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one. Raises `UserError` where there is none such."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no device {name!r} here; use device=cpu or device=auto") from None
+    return device
