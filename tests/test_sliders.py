@@ -21,8 +21,13 @@ from ncn.model import ModulatedTransformer
 from ncn.prepare import prepare
 from ncn.reference import reference
 from ncn.train import train
+from ncn.types import ControlInputs
 
 NAN = math.nan
+
+
+def with_tasks_and_instructions() -> ModulatedTransformer:
+    return awake(config(SMALL_CONTROLLER | {"tasks": ["tell", "ask"], "instructions": True, "taps": [0, 1]}))
 
 
 def with_sliders(**controller: Any) -> ModulatedTransformer:
@@ -37,8 +42,8 @@ def values(*rows: tuple[float, float]) -> torch.Tensor:
 def test_unset_they_do_nothing_at_all() -> None:
     model = with_sliders()
     plain = model(text(12)).logits
-    assert torch.equal(model(text(12), sliders=values((NAN, NAN), (NAN, NAN))).logits, plain)
-    assert not torch.allclose(model(text(12), sliders=values((0.5, NAN), (0.5, NAN))).logits, plain)
+    assert torch.equal(model(text(12), control=ControlInputs(values((NAN, NAN), (NAN, NAN)))).logits, plain)
+    assert not torch.allclose(model(text(12), control=ControlInputs(values((0.5, NAN), (0.5, NAN)))).logits, plain)
 
 
 def test_a_model_without_sliders_has_the_parameters_that_it_had() -> None:
@@ -46,16 +51,45 @@ def test_a_model_without_sliders_has_the_parameters_that_it_had() -> None:
     plain = ModulatedTransformer(config()).state_dict()
     torch.manual_seed(0)
     more = ModulatedTransformer(config(SMALL_CONTROLLER | {"sliders": ["calm"]})).state_dict()
-    assert set(more) - set(plain) == {"controller.networks.0.slider_input.weight"}
+    assert set(more) - set(plain) == {"controller.networks.0.external.sliders.weight"}
+
+
+def test_tasks_and_instructions_act_where_they_are_given_and_nowhere_else() -> None:
+    model, ids = with_tasks_and_instructions(), text(9)
+    plain = model(ids).logits
+    words = torch.tensor([[3, 4, -1], [-1, -1, -1]])
+    unset = ControlInputs(tasks=torch.full((2, 1), -1), instruction=model.pool_instruction(torch.full((2, 3), -1)))
+    assert torch.equal(model(ids, control=unset).logits, plain)
+    pooled = model.pool_instruction(words)
+    assert torch.allclose(pooled[0, 0], model.embedding.weight[[3, 4]].mean(0))
+    instructed = model(ids, control=ControlInputs(instruction=pooled)).logits
+    assert torch.equal(instructed[1], plain[1])
+    assert not torch.allclose(instructed[0], plain[0])
+    tasks = torch.full((2, 9), -1)
+    tasks[1, 5:] = 1
+    told = model(ids, control=ControlInputs(tasks=tasks)).logits
+    assert torch.equal(told[0], plain[0])
+    assert torch.equal(told[1, :5], plain[1, :5])
+    assert (told[1, 5:] != plain[1, 5:]).any(-1).all()
+
+
+def test_the_equations_say_the_same_of_tasks_and_instructions() -> None:
+    model, ids = with_tasks_and_instructions(), text(9)
+    given = ControlInputs(
+        tasks=torch.tensor([[0], [-1]]), instruction=model.pool_instruction(torch.tensor([[3, 4, -1], [5, -1, -1]]))
+    )
+    expected = reference(model, ids, control=given)
+    assert torch.allclose(model(ids, control=given).logits, expected.logits, atol=1e-10)
+    assert not torch.allclose(model(ids).logits, expected.logits, atol=1e-3)
 
 
 def test_before_training_they_change_nothing_and_get_a_gradient_later() -> None:
     model = ModulatedTransformer(config(SMALL_CONTROLLER | {"sliders": ["calm"]}))
     given = torch.tensor([[[0.9]], [[0.1]]])
-    assert torch.equal(model(text(12)).logits, model(text(12), sliders=given).logits)
+    assert torch.equal(model(text(12)).logits, model(text(12), control=ControlInputs(given)).logits)
     model = with_sliders()
-    model(text(12), sliders=values((0.9, 0.1), (0.2, NAN))).logits.square().sum().backward()
-    weight = model.controller.networks["0"].slider_input.weight
+    model(text(12), control=ControlInputs(values((0.9, 0.1), (0.2, NAN)))).logits.square().sum().backward()
+    weight = model.controller.networks["0"].external.sliders.weight
     assert (weight.grad.abs().sum(0) > 0).all()
 
 
@@ -64,7 +98,7 @@ def test_a_slider_acts_on_its_row_and_from_its_token_on() -> None:
     plain = model(ids).logits
     given = torch.full((2, 12, 2), NAN, dtype=torch.float64)
     given[1, 7:, 0] = 0.8
-    moved = model(ids, sliders=given).logits
+    moved = model(ids, control=ControlInputs(given)).logits
     assert torch.equal(moved[0], plain[0])
     assert torch.equal(moved[1, :7], plain[1, :7])
     assert (moved[1, 7:] != plain[1, 7:]).any(-1).all()
@@ -74,8 +108,8 @@ def test_the_equations_say_the_same() -> None:
     model, ids = with_sliders(taps=[0, 1]), text(9)
     given = torch.rand(2, 9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     given[0, :, 1] = NAN
-    said = model(ids, sliders=given, output_signals=True)
-    expected = reference(model, ids, sliders=given)
+    said = model(ids, control=ControlInputs(given), output_signals=True)
+    expected = reference(model, ids, control=ControlInputs(given))
     assert torch.allclose(said.logits, expected.logits, atol=1e-10)
     for name, signal in expected.signals.items():
         assert torch.allclose(said.signals[name], signal, atol=1e-10)
@@ -84,9 +118,10 @@ def test_the_equations_say_the_same() -> None:
 def test_decoding_with_a_moving_slider_is_the_whole_forward() -> None:
     model, ids, cache = with_sliders(), text(12), Cache()
     given = torch.linspace(0, 1, 24, dtype=torch.float64).view(1, 12, 2).repeat(2, 1, 1)
-    whole = model(ids, sliders=given).logits
+    whole = model(ids, control=ControlInputs(given)).logits
     parts = [
-        model(ids[:, a:b], cache=cache, sliders=given[:, a:b]).logits for a, b in [(0, 5), (5, 6), (6, 7), (7, 12)]
+        model(ids[:, a:b], cache=cache, control=ControlInputs(given[:, a:b])).logits
+        for a, b in [(0, 5), (5, 6), (6, 7), (7, 12)]
     ]
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-10)
 
@@ -102,7 +137,7 @@ def test_generation_with_sliders_and_guidance() -> None:
         given = torch.full((1, len(ids), 2), NAN, dtype=torch.float64)
         for place in range(len(ids)):
             given[0, place, 0] = max(place - 2, 0) / 7
-        ids.append(int(model(torch.tensor([ids]), sliders=given).logits[0, -1].argmax()))
+        ids.append(int(model(torch.tensor([ids]), control=ControlInputs(given)).logits[0, -1].argmax()))
         assert number < 8
     assert made(sliders={"calm": (0.0, 1.0)}) == ids[3:]
     assert made(sliders={"calm": 0.9}, guidance=0.0) == made()
@@ -124,8 +159,15 @@ def test_wrong_settings_are_one_line_each(options: dict[str, Any], words: str) -
     assert words in str(caught.value)
     with pytest.raises(ncn.UserError, match="it has none"):
         list(generate_tokens(awake(config()), [3], max_tokens=2, sliders={"calm": 0.5}))
+    outside = with_tasks_and_instructions()
+    with pytest.raises(ncn.UserError, match=r"task 2 was given; this model has 0 to 1 \(tell, ask\), and -1 is unset"):
+        outside(text(4), control=ControlInputs(tasks=torch.tensor([[2]])))
+    with pytest.raises(ncn.UserError, match="this model has none; train one"):
+        with_sliders()(text(4), control=ControlInputs(tasks=torch.tensor([[0]])))
+    with pytest.raises(ncn.UserError, match="takes none; train with"):
+        with_sliders()(text(4), control=ControlInputs(instruction=outside.pool_instruction(torch.tensor([[1]]))))
     with pytest.raises(ncn.UserError, match="3 sliders were given, and this model has 2: calm, long"):
-        with_sliders()(text(4), sliders=torch.zeros(1, 1, 3))
+        with_sliders()(text(4), control=ControlInputs(torch.zeros(1, 1, 3)))
 
 
 def test_measures() -> None:
@@ -206,7 +248,7 @@ def test_training_uses_them_and_continues_bit_for_bit(data: Path, tmp_path: Path
     assert all(torch.equal(one[name], other[name]) for name in one)
     torch.manual_seed(recipe.train.seed)
     start = ModulatedTransformer(ncn.load(tmp_path / "whole")[0].config).state_dict()
-    name = "controller.networks.0.slider_input.weight"
+    name = "controller.networks.0.external.sliders.weight"
     assert not torch.equal(one[name], start[name])
     for wrong, words in [("tempo", "no attribute 'tempo'; it has dialogue"), (None, "prepare it with --attributes")]:
         place = data / "data" if wrong else tmp_path / "plain"

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from ncn.scanner import scan
     from ncn.store import load, save_model
     from ncn.tokenizer import Tokenizer
+    from ncn.types import ControlInputs
 
 _HOMES = {
     "Cache": "cache",
+    "ControlInputs": "types",
     "ControllerConfig": "config",
     "Diagnosis": "diagnosis",
     "ModelOutput": "model",
@@ -47,6 +49,7 @@ _HOMES = {
 
 __all__ = [
     "Cache",
+    "ControlInputs",
     "ControllerConfig",
     "Diagnosis",
     "ModelOutput",

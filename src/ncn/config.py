@@ -74,14 +74,19 @@ class ControllerConfig(_Config):
         (), description="inputs from outside, each from 0 to 1 or unset, such as the attributes of `ncn prepare`"
     )
 
+    tasks: tuple[str, ...] = Field((), description="names of tasks, each an embedding of its own in the controller")
+    instructions: bool = Field(False, description="whether the controller reads an instruction in words")
+
     @model_validator(mode="after")
     def _consistent(self) -> ControllerConfig:
         if not self.signals or len(set(self.signals)) != len(self.signals):
             raise ValueError("controller.signals must name each signal once, and at least one")
-        if len(set(self.sliders)) != len(self.sliders):
-            raise ValueError("controller.sliders must name each slider once")
-        if self.sliders and self.kind != "ncn":
-            raise ValueError(f"controller.sliders need kind=ncn; {self.kind} signals have no such input")
+        for field in ("sliders", "tasks"):
+            names = getattr(self, field)
+            if len(set(names)) != len(names):
+                raise ValueError(f"controller.{field} must name each of them once")
+        if self.kind != "ncn" and (self.sliders or self.tasks or self.instructions):
+            raise ValueError(f"inputs from outside need controller.kind=ncn; {self.kind} signals have none")
         if self.width % self.pooling_heads:
             raise ValueError(
                 f"controller.width ({self.width}) must be a multiple of pooling_heads ({self.pooling_heads})"
@@ -194,8 +199,11 @@ class TrainConfig(_Config):
     homeostatic_schedule: Literal["constant", "annealed"] = Field(
         "constant", description="λ stays, or falls linearly to zero over the run"
     )
-    slider_dropout: float = Field(
-        0.2, ge=0, le=1, description="share of windows trained without sliders, and of sliders left out of the others"
+    input_dropout: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="share of windows trained without inputs from outside, and of inputs left out of the others",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="arithmetic of the matrix products; auto: bfloat16 where the processor is fast at it"

@@ -24,10 +24,11 @@ from torch.nn import functional as F
 
 from ncn.cache import Cache
 from ncn.config import NCNConfig
+from ncn.control_inputs import ExternalInputs
 from ncn.norm import RMSNorm
 from ncn.salience import SalienceState, pool
 from ncn.signals import SignalLayout
-from ncn.types import Hidden, Segments, Sliders
+from ncn.types import ControlInputs, Hidden, Segments
 
 Raw = Float[Tensor, "batch tokens layers outputs"]
 
@@ -44,10 +45,10 @@ class SignalSource(nn.Module, ABC):
         hidden: Hidden,
         segments: Segments | None,
         cache: Cache | None,
-        sliders: Sliders | None = None,
+        control: ControlInputs | None = None,
     ) -> Raw:
-        """Raw signals for the layers that `tap` serves, from the hidden state that enters layer `tap`, and from the
-        sliders, which only a `Controller` has."""
+        """Raw signals for the layers that `tap` serves, from the hidden state that enters layer `tap`, and from
+        what is given from outside, which only a `Controller` reads."""
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -78,9 +79,9 @@ class Controller(SignalSource):
         hidden: Hidden,
         segments: Segments | None,
         cache: Cache | None,
-        sliders: Sliders | None = None,
+        control: ControlInputs | None = None,
     ) -> Raw:
-        raw: Tensor = self.networks[str(tap)](hidden, segments, cache, sliders)
+        raw: Tensor = self.networks[str(tap)](hidden, segments, cache, control)
         return raw
 
     def reset_parameters(self) -> None:
@@ -106,9 +107,8 @@ class ControllerNetwork(nn.Module):
         self.read = nn.Linear(config.d_model, self.pools + self.width * (2 if self.has_phasic else 1), bias=False)
         self.log_decay = nn.Parameter(torch.empty(self.pools))
         self.phasic_filter = nn.Parameter(torch.empty(self.kernel, self.width)) if self.has_phasic else None
-        # Without a bias: unset, sliders add exactly nothing.
-        count = len(controller.sliders)
-        self.slider_input = nn.Linear(2 * count, self.width, bias=False) if count else None
+        outside = controller.sliders or controller.tasks or controller.instructions
+        self.external = ExternalInputs(config) if outside else None
         self.input_norm = RMSNorm(self.width, eps=config.norm_eps)
         self.expand = nn.Linear(self.width, controller.hidden)
         self.output = nn.Linear(controller.hidden, served * sum(self.layout.sizes))
@@ -125,8 +125,8 @@ class ControllerNetwork(nn.Module):
         if self.phasic_filter is not None:
             nn.init.normal_(self.phasic_filter, std=0.5 * self.kernel**-0.5)
             nn.init.ones_(self.phasic_filter[0])
-        if self.slider_input is not None:
-            nn.init.normal_(self.slider_input.weight, std=0.5 * self.slider_input.in_features**-0.5)
+        if self.external is not None:
+            self.external.reset_parameters()
         nn.init.normal_(self.expand.weight, std=self.width**-0.5)
         nn.init.zeros_(self.expand.bias)
         nn.init.zeros_(self.output.weight)
@@ -134,16 +134,18 @@ class ControllerNetwork(nn.Module):
             self.output.bias.copy_(self.layout.initial_bias().repeat(self.served))
 
     def forward(
-        self, hidden: Hidden, segments: Segments | None, cache: Cache | None, sliders: Sliders | None = None
+        self, hidden: Hidden, segments: Segments | None, cache: Cache | None, control: ControlInputs | None = None
     ) -> Raw:
         device = "cpu" if hidden.is_meta else hidden.device.type
         if not torch.is_autocast_enabled(device):
-            return self._forward(hidden.to(self.read.weight.dtype), segments, cache, sliders)
+            return self._forward(hidden.to(self.read.weight.dtype), segments, cache, control)
         # Exponentials and long sums do not survive bfloat16, and the controller is too small to gain from it.
         with torch.autocast(device, enabled=False):
-            return self._forward(hidden.to(self.read.weight.dtype), segments, cache, sliders)
+            return self._forward(hidden.to(self.read.weight.dtype), segments, cache, control)
 
-    def _forward(self, hidden: Hidden, segments: Segments | None, cache: Cache | None, sliders: Sliders | None) -> Raw:
+    def _forward(
+        self, hidden: Hidden, segments: Segments | None, cache: Cache | None, control: ControlInputs | None
+    ) -> Raw:
         stored = hidden.dtype
         exact = torch.float64 if stored == torch.float64 else torch.float32
         # RMSNorm before the read-out, applied after it, where there is less to scale: W(e / rms e) = W(e) / rms e
@@ -161,8 +163,8 @@ class ControllerNetwork(nn.Module):
         context = state.mean.flatten(2)  # c of equation (1)
         if self.phasic_filter is not None:
             context = context + self._phasic(phasic, held, segments, cache)
-        if self.slider_input is not None and sliders is not None:
-            context = context + self.slider_input(_known(sliders.to(stored))).to(exact)
+        if self.external is not None and control is not None and (given := self.external(control)) is not None:
+            context = context + given.to(exact)
         if cache is not None:
             cache.write(self.name, torch.cat([state.log_weight, state.mean.flatten(2), phasic], -1))
         # equation (2)
@@ -199,12 +201,6 @@ class ControllerNetwork(nn.Module):
         return result
 
 
-def _known(sliders: Tensor) -> Tensor:
-    """Each slider as two numbers: its value around 0 and whether it is set, both 0 where it is not."""
-    known = ~sliders.isnan()
-    return torch.cat([torch.where(known, 2 * sliders - 1, 0), known.to(sliders.dtype)], -1)
-
-
 class LocalGates(SignalSource):
     """Control arm: every layer reads its own signals from its own input, with one linear map."""
 
@@ -223,7 +219,7 @@ class LocalGates(SignalSource):
         hidden: Hidden,
         segments: Segments | None,
         cache: Cache | None,
-        sliders: Sliders | None = None,
+        control: ControlInputs | None = None,
     ) -> Raw:
         readout = self.readouts[tap]
         assert isinstance(readout, nn.Linear)
@@ -256,7 +252,7 @@ class StaticGates(SignalSource):
         hidden: Hidden,
         segments: Segments | None,
         cache: Cache | None,
-        sliders: Sliders | None = None,
+        control: ControlInputs | None = None,
     ) -> Raw:
         return self.raw.expand(*hidden.shape[:2], -1, -1)
 

@@ -13,6 +13,7 @@ from ncn.cache import Cache
 from ncn.errors import UserError
 from ncn.model import ModulatedTransformer
 from ncn.tokenizer import Tokenizer
+from ncn.types import ControlInputs
 
 
 @torch.inference_mode()
@@ -59,7 +60,7 @@ def generate_tokens(
     for number in range(min(max_tokens, room)):
         rows = tokens.expand(setting.rows, -1)
         logits = setting.guided(
-            model(rows, cache=cache, last_only=True, sliders=setting.sliders(number, device)).logits[:, -1]
+            model(rows, cache=cache, last_only=True, control=setting.inputs(number, device)).logits[:, -1]
         )
         chosen = _choose(logits, temperature, top_k, top_p, generator)
         token = int(chosen)
@@ -95,13 +96,13 @@ class _Setting:
         ends = [sliders.get(name, math.nan) for name in known] if sliders else []
         self.ends = [end if isinstance(end, tuple) else (end, end) for end in ends]
 
-    def sliders(self, number: int, device: torch.device) -> Tensor | None:
+    def inputs(self, number: int, device: torch.device) -> ControlInputs | None:
         """For the token after `number` new ones: (rows, 1, sliders); the first of two rows is unset."""
         if not self.ends:
             return None
         share = min(number / self.last, 1)
         values = torch.tensor([[[first + share * (last - first) for first, last in self.ends]]], device=device)
-        return values if self.rows == 1 else torch.cat([torch.full_like(values, math.nan), values])
+        return ControlInputs(values if self.rows == 1 else torch.cat([torch.full_like(values, math.nan), values]))
 
     def guided(self, logits: Tensor) -> Tensor:
         """The logits to draw from, of those of all rows."""

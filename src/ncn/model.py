@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ncn.cache import Cache
 from ncn.config import NCNConfig
+from ncn.control_inputs import check_inputs
 from ncn.controller import SignalSource, signal_source
 from ncn.errors import UserError
 from ncn.loss import chunked_cross_entropy, token_losses
@@ -28,7 +29,7 @@ from ncn.modulation import UNMODULATED, Factors, add_scaled, layer_factors, scal
 from ncn.norm import RMSNorm
 from ncn.segments import attention_mask_of, find_segments, positions_in_segment
 from ncn.signals import SignalLayout, homeostatic_loss
-from ncn.types import AttentionMask, Hidden, Logits, Signal, Sliders, TokenIds
+from ncn.types import AttentionMask, ControlInputs, Hidden, Logits, Signal, TokenIds
 
 Frozen = Mapping[str, Tensor]
 """Signals held at given values: name to a tensor that broadcasts to (batch, tokens, layers[, sites])."""
@@ -97,17 +98,17 @@ class ModulatedTransformer(nn.Module):
         output_signals: bool = False,
         frozen: Frozen | None = None,
         last_only: bool = False,
-        sliders: Sliders | None = None,
+        control: ControlInputs | None = None,
     ) -> ModelOutput:
         """Logits for every position (or the last one only).
 
         `attention_mask` is False at padding, which may stand on the left of a sequence. `cache` continues what it
-        holds, and is extended. `frozen` replaces signals by given values. `sliders` are in the order of
-        `config.controller.sliders`. Raises `UserError` for token ids outside the
-        vocabulary and for sequences beyond the context length.
+        holds, and is extended. `frozen` replaces signals by given values. `control` is what the
+        controller is given from outside. Raises `UserError` for token ids outside the vocabulary, for sequences beyond
+        the context length, and for inputs that the model does not have.
         """
         hidden, signals = self.hidden_states(
-            self.embed(input_ids), input_ids, attention_mask, cache=cache, frozen=frozen, sliders=sliders
+            self.embed(input_ids), input_ids, attention_mask, cache=cache, frozen=frozen, control=control
         )
         logits = self.logits(hidden[:, -1:] if last_only else hidden)
         if not output_signals:
@@ -121,10 +122,10 @@ class ModulatedTransformer(nn.Module):
         *,
         frozen: Frozen | None = None,
         chunk: int = 512,
-        sliders: Sliders | None = None,
+        control: ControlInputs | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Signal]]:
         """Cross-entropy summed over the targets that are not -100, in nats, and the signals; never holds all logits."""
-        hidden, signals = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen, sliders=sliders)
+        hidden, signals = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen, control=control)
         return chunked_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten(), chunk), signals
 
     @torch.no_grad()
@@ -134,10 +135,10 @@ class ModulatedTransformer(nn.Module):
         targets: TokenIds,
         *,
         frozen: Frozen | None = None,
-        sliders: Sliders | None = None,
+        control: ControlInputs | None = None,
     ) -> Float[Tensor, "batch tokens"]:
         """Cross-entropy at every position, in nats, zero where the target is -100; without gradients."""
-        hidden, _ = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen, sliders=sliders)
+        hidden, _ = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen, control=control)
         return token_losses(hidden.flatten(0, 1), self.output_weight, targets.flatten()).view(targets.shape)
 
     @property
@@ -168,7 +169,7 @@ class ModulatedTransformer(nn.Module):
         *,
         cache: Cache | None = None,
         frozen: Frozen | None = None,
-        sliders: Sliders | None = None,
+        control: ControlInputs | None = None,
     ) -> tuple[Hidden, dict[str, Signal]]:
         """The final, normalised hidden states and the signals, from token embeddings.
 
@@ -179,8 +180,8 @@ class ModulatedTransformer(nn.Module):
             raise UserError("there are no tokens: give at least one")
         if cache is not None:
             cache.check_batch(batch)
-        if sliders is not None:
-            self._check_sliders(sliders)
+        if control is not None:
+            check_inputs(control, config)
         start = cache.length if cache is not None else 0
         if start + tokens > config.context_length:
             raise UserError(
@@ -202,7 +203,7 @@ class ModulatedTransformer(nn.Module):
                 assert self.layout is not None
                 # the controller of tap 0 reads the embeddings themselves, without positions
                 tapped = embeddings if index == 0 else x
-                signals = self.layout.split(self.controller(index, tapped, segments, cache, sliders))
+                signals = self.layout.split(self.controller(index, tapped, segments, cache, control))
                 if frozen:
                     signals = {name: freeze(name, signal, frozen, index) for name, signal in signals.items()}
                 for name, signal in signals.items():
@@ -217,13 +218,11 @@ class ModulatedTransformer(nn.Module):
             name: parts[0] if len(parts) == 1 else torch.cat(parts, 2) for name, parts in collected.items()
         }
 
-    def _check_sliders(self, sliders: Tensor) -> None:
-        known = self.config.controller.sliders if self.config.controller else ()
-        if sliders.shape[-1] != len(known) or not known:
-            raise UserError(
-                f"{sliders.shape[-1]} sliders were given, and this model has {len(known)}"
-                + (f": {', '.join(known)}" if known else "; train one with controller.sliders=[...]")
-            )
+    def pool_instruction(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch 1 width"]:
+        """The mean embedding of an instruction's tokens, as `ControlInputs` takes it; -1 is padding."""
+        real = (ids >= 0).unsqueeze(-1)
+        total = (self.embed(ids.clamp(min=0)) * real).sum(1, keepdim=True)
+        return total / real.sum(1, keepdim=True).clamp(min=1)
 
 
 class Layer(nn.Module):

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ncn.config import NCNConfig
-from ncn.types import Logits, Signal, TokenIds
+from ncn.types import ControlInputs, Logits, Signal, TokenIds
 
 Vectors = list[Tensor]
 """One vector for each token of a document."""
@@ -36,7 +36,7 @@ def reference(
     model: nn.Module,
     input_ids: TokenIds,
     attention_mask: Bool[Tensor, "batch tokens"] | None = None,
-    sliders: Float[Tensor, "batch tokens sliders"] | None = None,
+    control: ControlInputs | None = None,
 ) -> Reference:
     """Logits and signals of a `ModulatedTransformer`, from its configuration and its parameters alone."""
     config = model.config
@@ -48,7 +48,7 @@ def reference(
     for row in range(batch):
         real = [t for t in range(tokens) if attention_mask is None or attention_mask[row, t]]
         for places in _documents(config, input_ids[row].tolist(), real):
-            given = None if sliders is None else [sliders[row, t].tolist() for t in places]
+            given = [_at(control, row, t) for t in places]
             hidden, sent = _document(config, weights, [int(input_ids[row, t]) for t in places], given)
             for t, h in zip(places, hidden, strict=True):
                 logits[row, t] = weights["embedding.weight" if config.tie_embeddings else "head.weight"] @ h
@@ -64,6 +64,12 @@ def reference(
     return Reference(logits, signals, homeostasis)
 
 
+def _at(control: ControlInputs | None, row: int, t: int) -> ControlInputs:
+    """What is given at one token."""
+    parts = control or ControlInputs()
+    return ControlInputs(*(None if part is None else part[row % len(part), t % part.shape[1]] for part in parts))
+
+
 def _documents(config: NCNConfig, ids: list[int], real: list[int]) -> list[list[int]]:
     """The positions of each document; all real positions form one where documents are not kept apart."""
     documents: list[list[int]] = []
@@ -75,7 +81,7 @@ def _documents(config: NCNConfig, ids: list[int], real: list[int]) -> list[list[
 
 
 def _document(
-    config: NCNConfig, weights: Weights, ids: list[int], sliders: list[list[float]] | None
+    config: NCNConfig, weights: Weights, ids: list[int], given: list[ControlInputs]
 ) -> tuple[Vectors, list[list[dict[str, Tensor]]]]:
     """Final hidden states, and the signals by layer and token."""
     embeddings = [weights["embedding.weight"][token] for token in ids]
@@ -86,7 +92,7 @@ def _document(
     sent = []
     for layer in range(config.num_layers):
         tapped = embeddings if layer == 0 else x  # (3): tap 0 reads the embeddings
-        raw += _raw_signals(config, weights, layer, tapped, sliders)
+        raw += _raw_signals(config, weights, layer, tapped, given)
         signals = [_split(config, raw[layer][t]) if raw else {} for t in range(len(ids))]
         x = _layer(config, weights, layer, x, signals)
         sent.append(signals)
@@ -162,7 +168,7 @@ def _feed_forward(config: NCNConfig, own: Weights, x: Tensor) -> Tensor:
 
 
 def _raw_signals(
-    config: NCNConfig, weights: Weights, layer: int, hidden: Vectors, sliders: list[list[float]] | None
+    config: NCNConfig, weights: Weights, layer: int, hidden: Vectors, given: list[ControlInputs]
 ) -> list[Vectors]:
     """z of every layer that is served from here on, for each token; empty where the layer is no tap (3)."""
     controller = config.controller
@@ -179,14 +185,11 @@ def _raw_signals(
     served = min([tap for tap in taps if tap > layer], default=config.num_layers) - layer
     prefix = f"controller.networks.{layer}."
     own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
-    by_token = [
-        _controller(config, own, hidden, t, None if sliders is None else sliders[t]).chunk(served)
-        for t in range(len(hidden))
-    ]
+    by_token = [_controller(config, own, hidden, t, given[t]).chunk(served) for t in range(len(hidden))]
     return [[groups[i] for groups in by_token] for i in range(served)]
 
 
-def _controller(config: NCNConfig, own: Weights, hidden: Vectors, t: int, sliders: list[float] | None) -> Tensor:
+def _controller(config: NCNConfig, own: Weights, hidden: Vectors, t: int, given: ControlInputs) -> Tensor:
     """Equations (1) and (2) at token t."""
     controller = config.controller
     assert controller is not None
@@ -206,10 +209,15 @@ def _controller(config: NCNConfig, own: Weights, hidden: Vectors, t: int, slider
     if controller.phasic:
         for age in range(min(controller.phasic_kernel, t + 1)):
             u = u + own["phasic_filter"][age] * read[t - age][pools + width :]  # φ: the last few tokens
-    if sliders is not None:  # κ: value and "is set" of each, 0 where it is unset
-        known = [not math.isnan(value) for value in sliders]
-        around_zero = [2 * value - 1 if is_set else 0.0 for value, is_set in zip(sliders, known, strict=True)]
-        u = u + own["slider_input.weight"] @ torch.tensor([*around_zero, *map(float, known)], dtype=torch.float64)
+    if given.sliders is not None:  # κ: value and "is set" of each, 0 where it is unset
+        set_to = given.sliders.tolist()
+        known = [not math.isnan(value) for value in set_to]
+        around_zero = [2 * value - 1 if is_set else 0.0 for value, is_set in zip(set_to, known, strict=True)]
+        u = u + own["external.sliders.weight"] @ torch.tensor([*around_zero, *map(float, known)], dtype=torch.float64)
+    if given.tasks is not None and given.tasks >= 0:
+        u = u + own["external.tasks.weight"][int(given.tasks)]
+    if given.instruction is not None:
+        u = u + own["external.instruction.weight"] @ _rms_norm(given.instruction, config)
     u = _rms_norm(u, config) * own["input_norm.weight"]  # (2): u = RMSNorm(c + φ + κ)
     inner = torch.tanh(own["expand.weight"] @ u + own["expand.bias"])
     return own["output.weight"] @ inner + own["output.bias"]  # (2): z = W₂ tanh(W₁ u + b₁) + b₂

@@ -28,6 +28,7 @@ from ncn.signals import controller_problem, homeostatic_loss, signal_statistics
 from ncn.stopping import Interrupted, graceful_stop
 from ncn.store import save_model
 from ncn.trackers import Tracker, check_installed, open_trackers
+from ncn.types import ControlInputs
 
 
 @dataclass
@@ -83,12 +84,12 @@ class Training:
         loss_sum = homeostatic_sum = 0.0
         signals: dict[str, Tensor] = {}
         size = -(-self.config.batch_size // self.config.accumulation)
-        for inputs, targets, sliders in zip(
-            torch.split(batch.inputs, size), torch.split(batch.targets, size), self._slider_parts(size), strict=True
+        for inputs, targets, control in zip(
+            torch.split(batch.inputs, size), torch.split(batch.targets, size), self._control_parts(size), strict=True
         ):
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 nats, signals = self.loss(
-                    inputs.to(self.device), targets.to(self.device), chunk=self.config.loss_chunk, sliders=sliders
+                    inputs.to(self.device), targets.to(self.device), chunk=self.config.loss_chunk, control=control
                 )
                 objective = nats / count
                 share = len(inputs) / self.config.batch_size
@@ -113,13 +114,13 @@ class Training:
         self.sums.steps += 1
         return signals
 
-    def _slider_parts(self, size: int) -> list[Tensor | None]:
-        """The sliders of this step's micro-batches of `size` rows; None for a model without sliders."""
+    def _control_parts(self, size: int) -> list[ControlInputs | None]:
+        """The inputs from outside of this step's micro-batches of `size` rows; None for a model that has none."""
         config = self.config
         if self.sliders is None:
             return [None] * (-(-config.batch_size // size))
-        values = self.sliders.batch(config.seed, self.step, config.batch_size, self.context, config.slider_dropout)
-        return list(torch.split(torch.from_numpy(values).to(self.device), size))
+        values = self.sliders.batch(config.seed, self.step, config.batch_size, self.context, config.input_dropout)
+        return [ControlInputs(rows) for rows in torch.split(torch.from_numpy(values).to(self.device), size)]
 
     def not_a_number(self, what: str) -> Diverged:
         kept = f"the last good checkpoint stays in {self.run.path / 'checkpoints'}; " if self.run.checkpoints() else ""

@@ -12,6 +12,8 @@ pools       heads of the salience pooling; values: width of what one of them poo
 ==========  =====================================================================
 """
 
+from typing import NamedTuple
+
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -24,4 +26,17 @@ Signal = Float[Tensor, "batch tokens layers"] | Float[Tensor, "batch tokens laye
 """A control signal: one value per layer, or one per head (or sublayer) of each layer."""
 Sliders = Float[Tensor, "#batch #tokens sliders"]
 """Inputs of the controller from outside, each from 0 to 1, or NaN where it is unset."""
+Tasks = Int[Tensor, "#batch #tokens"]
+"""The place of a task in `controller.tasks`, or -1 where it is unset."""
 AttentionMask = Bool[Tensor, "#batch 1 tokens slots"]
+
+
+class ControlInputs(NamedTuple):
+    """What is given from outside, for every token or once for all of them; None: nothing of the kind."""
+
+    sliders: Sliders | None = None
+    """In the order of `controller.sliders`, each from 0 to 1, NaN where unset."""
+    tasks: Tasks | None = None
+    """Places in `controller.tasks`, -1 where unset."""
+    instruction: Float[Tensor, "#batch #tokens width"] | None = None
+    """Pooled embeddings of an instruction's tokens (`ModulatedTransformer.pool_instruction`), 0 where unset."""

@@ -25,6 +25,7 @@ from ncn.page import origin, table, write_page
 from ncn.progress import ProgressReport
 from ncn.runs import describe_environment, write_json
 from ncn.tokenizer import Tokenizer
+from ncn.types import ControlInputs
 
 SETTINGS = tuple(number / 6 for number in range(7))
 PROMPT_TOKENS = 8
@@ -143,7 +144,7 @@ def write_stories(
     cache, tokens, written = Cache(capacity=longest), prompts, [prompts]
     open_rows = torch.ones(len(prompts), dtype=torch.bool)
     for _ in range(longest - prompts.shape[1]):
-        logits = model(tokens, cache=cache, last_only=True, sliders=sliders).logits[:, -1].float()
+        logits = model(tokens, cache=cache, last_only=True, control=ControlInputs(sliders)).logits[:, -1].float()
         drawn = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         # A finished story goes on with an ordinary token, so that no new document begins in its row.
         drawn = torch.where(open_rows[:, None], drawn, prompts[:, 1:2])
@@ -171,8 +172,8 @@ def held_out_losses(
         documents = np.searchsorted(known.starts, np.minimum(places, data.tokens - 1), side="right") - 1
         given = {"right": known.ranks[documents], "wrong": known.ranks[other[documents]]}
         for kind in sums:
-            sliders = torch.from_numpy(given[kind]) if kind in given else None
-            sums[kind] += model.token_losses(inputs, targets, sliders=sliders).double().sum().item()
+            control = ControlInputs(torch.from_numpy(given[kind])) if kind in given else None
+            sums[kind] += model.token_losses(inputs, targets, control=control).double().sum().item()
         count += int((targets != IGNORED).sum())
         place += inputs.numel()
         if count >= tokens:

@@ -23,7 +23,7 @@ from ncn.retrofit.files import load_controller
 from ncn.runs import read_json
 from ncn.store import CONTROLLER
 from ncn.tokenizer import Tokenizer
-from ncn.types import Hidden
+from ncn.types import ControlInputs, Hidden
 
 TRAINING = {"tokens": 1_000_000, "batch_size": 8, "context": 256, "learning_rate": 1e-2}
 """What a controller on a base is trained with unless the recipe says otherwise."""
@@ -67,7 +67,7 @@ class RetrofittedModel(ModulatedTransformer):
         *,
         cache: Cache | None = None,
         frozen: Frozen | None = None,
-        sliders: Tensor | None = None,
+        control: ControlInputs | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As in our own model; the cache is filled on the side with a transformers cache, which holds everything."""
         start, tokens = 0 if cache is None else cache.length, embeddings.shape[1]

@@ -1,0 +1,83 @@
+"""Inputs of the controller from outside (κ of equation 2): sliders, a task, and an instruction in words.
+
+All of them enter without a bias, so that what is unset adds exactly nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ncn.config import NCNConfig
+from ncn.errors import UserError
+from ncn.types import ControlInputs, Hidden
+
+
+def check_inputs(given: ControlInputs, config: NCNConfig) -> None:
+    """Raises `UserError` for inputs that the model does not have."""
+    controller = config.controller
+    sliders = controller.sliders if controller else ()
+    if given.sliders is not None and (given.sliders.shape[-1] != len(sliders) or not sliders):
+        raise UserError(
+            f"{given.sliders.shape[-1]} sliders were given, and this model has {len(sliders)}"
+            + (f": {', '.join(sliders)}" if sliders else "; train one with controller.sliders=[...]")
+        )
+    tasks = controller.tasks if controller else ()
+    if given.tasks is not None:
+        if not tasks:
+            raise UserError("a task was given, and this model has none; train one with controller.tasks=[...]")
+        low, high = int(given.tasks.min()), int(given.tasks.max())
+        if low < -1 or high >= len(tasks):
+            raise UserError(
+                f"task {high if high >= len(tasks) else low} was given; this model has 0 to {len(tasks) - 1} "
+                f"({', '.join(tasks)}), and -1 is unset"
+            )
+    if given.instruction is not None and not (controller and controller.instructions):
+        raise UserError("an instruction was given, and this model takes none; train with controller.instructions=true")
+
+
+class ExternalInputs(nn.Module):
+    """κ: a linear map of every input, to the width of the controller's own."""
+
+    def __init__(self, config: NCNConfig) -> None:
+        super().__init__()
+        controller = config.controller
+        assert controller is not None
+        count, width = len(controller.sliders), controller.width
+        self.eps = config.norm_eps
+        self.sliders = nn.Linear(2 * count, width, bias=False) if count else None
+        self.tasks = nn.Embedding(len(controller.tasks), width) if controller.tasks else None
+        self.instruction = nn.Linear(config.d_model, width, bias=False) if controller.instructions else None
+
+    def reset_parameters(self) -> None:
+        """Beside a context of about unit size, half of its size each."""
+        for module in (self.sliders, self.instruction):
+            if module is not None:
+                nn.init.normal_(module.weight, std=0.5 * module.in_features**-0.5)
+        if self.tasks is not None:
+            nn.init.normal_(self.tasks.weight, std=0.5)
+
+    def forward(self, given: ControlInputs) -> Float[Tensor, "#batch #tokens width"] | None:
+        """The sum over the inputs that are given, in the precision of the weights; None where nothing is."""
+        terms: list[Tensor] = []
+        if self.sliders is not None and given.sliders is not None:
+            terms.append(self.sliders(_known(given.sliders.to(self.sliders.weight.dtype))))
+        if self.tasks is not None and given.tasks is not None:
+            terms.append(self.tasks(given.tasks.clamp(min=0)) * (given.tasks >= 0).unsqueeze(-1))
+        if self.instruction is not None and given.instruction is not None:
+            pooled = given.instruction.to(self.instruction.weight.dtype)
+            normed: Hidden = nn.functional.rms_norm(pooled, pooled.shape[-1:], eps=self.eps)
+            terms.append(self.instruction(normed))
+        if not terms:
+            return None
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return total
+
+
+def _known(sliders: Tensor) -> Tensor:
+    """Each slider as two numbers: its value around 0 and whether it is set, both 0 where it is not."""
+    known = ~sliders.isnan()
+    return torch.cat([torch.where(known, 2 * sliders - 1, 0), known.to(sliders.dtype)], -1)
