@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from ncn.cache import Cache
 from ncn.config import NCNConfig
 from ncn.control_inputs import ExternalInputs
-from ncn.norm import RMSNorm
+from ncn.linear import Linear
+from ncn.norm import RMSNorm, rms_rate
 from ncn.salience import SalienceState, pool
 from ncn.signals import SignalLayout
 from ncn.types import ControlInputs, Hidden, Segments
@@ -104,7 +105,7 @@ class ControllerNetwork(nn.Module):
         self.has_phasic = controller.phasic
         self.eps = config.norm_eps
         # One matrix reads salience scores (the k of equation 1), values and the phasic input together.
-        self.read = nn.Linear(config.d_model, self.pools + self.width * (2 if self.has_phasic else 1), bias=False)
+        self.read = Linear(config.d_model, self.pools + self.width * (2 if self.has_phasic else 1), bias=False)
         self.log_decay = nn.Parameter(torch.empty(self.pools))
         self.phasic_filter = nn.Parameter(torch.empty(self.kernel, self.width)) if self.has_phasic else None
         outside = controller.sliders or controller.tasks or controller.instructions
@@ -149,8 +150,7 @@ class ControllerNetwork(nn.Module):
         stored = hidden.dtype
         exact = torch.float64 if stored == torch.float64 else torch.float32
         # RMSNorm before the read-out, applied after it, where there is less to scale: W(e / rms e) = W(e) / rms e
-        mean_square = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=exact).square() / hidden.shape[-1]
-        read = self.read(hidden).to(exact) * torch.rsqrt(mean_square + self.eps)
+        read = self.read(hidden).to(exact) * rms_rate(hidden, self.eps)
         scores, values, phasic = read.split([self.pools, self.width, self.width if self.has_phasic else 0], dim=-1)
         held = None if cache is None else cache.last(self.name, max(self.kernel - 1, 1))
         state = pool(
@@ -190,6 +190,9 @@ class ControllerNetwork(nn.Module):
             old = cache.last("segments", before) if cache is not None else None
             known = segments if old is None else torch.cat([old, segments], 1)
             padded_segments = F.pad(known, (before + tokens - known.shape[1], 0), value=-1)
+        if tokens == 1:  # in decoding, one product for all ages
+            window = padded if segments is None else padded * (padded_segments == segments)[..., None]
+            return (window * self.phasic_filter.flip(0)).sum(1, keepdim=True)
         newest, *older = self.phasic_filter.unbind(0)
         result = newest * inputs
         for age, weights in enumerate(older, 1):

@@ -24,6 +24,7 @@ from ncn.config import NCNConfig
 from ncn.control_inputs import check_inputs
 from ncn.controller import SignalSource, signal_source
 from ncn.errors import UserError
+from ncn.linear import Linear, linear
 from ncn.loss import chunked_cross_entropy, token_losses
 from ncn.modulation import UNMODULATED, Factors, add_scaled, layer_factors, scale
 from ncn.norm import RMSNorm
@@ -147,7 +148,7 @@ class ModulatedTransformer(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def logits(self, hidden: Hidden) -> Logits:
-        return F.linear(hidden, self.output_weight)
+        return linear(hidden, self.output_weight)
 
     def embed(self, input_ids: TokenIds) -> Hidden:
         """Token embeddings; raises `UserError` for ids outside the vocabulary (on CPU, where looking costs nothing)."""
@@ -255,10 +256,10 @@ class Attention(nn.Module):
         super().__init__()
         self.index = index
         self.heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
-        self.qkv = nn.Linear(config.d_model, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.qkv = Linear(config.d_model, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.query_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
-        self.output = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.output = Linear(config.d_model, config.d_model, bias=False)
 
     def forward(
         self,
@@ -314,8 +315,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: NCNConfig) -> None:
         super().__init__()
         self.gated = config.activation == "swiglu"
-        self.up = nn.Linear(config.d_model, config.ffn_width * (2 if self.gated else 1), bias=False)
-        self.down = nn.Linear(config.ffn_width, config.d_model, bias=False)
+        self.up = Linear(config.d_model, config.ffn_width * (2 if self.gated else 1), bias=False)
+        self.down = Linear(config.ffn_width, config.d_model, bias=False)
 
     def forward(self, x: Hidden) -> Hidden:
         if self.gated:

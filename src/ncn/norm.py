@@ -25,12 +25,14 @@ class RMSNorm(nn.RMSNorm):
 def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The normalised rows, and r of each."""
     exact = x if x.dtype == torch.float64 else x.float()
-    rate = _rate(exact, eps)
+    rate = rms_rate(exact, eps)
     return (exact * weight).mul_(rate).to(x.dtype), rate
 
 
-def _rate(x: Tensor, eps: float) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+def rms_rate(x: Tensor, eps: float) -> Tensor:
+    """r of every row, with a last axis of 1, in float32 or better."""
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
     return torch.addcmul(norm.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 

@@ -50,7 +50,7 @@ def pool(
     batch, tokens, pools = scores.shape
     if tokens == 1:
         local = SalienceState(scores, values, segments)
-        return local if past is None else _merge(past, local, decay * scores.new_ones(1, 1, 1))
+        return local if past is None else _merge(past, local, decay)
 
     size = min(CHUNK, tokens)
     chunks = -(-tokens // size)

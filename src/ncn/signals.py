@@ -60,7 +60,7 @@ _SIGMOID_3 = 1 / (1 + math.exp(-3))
 def _shifted_sigmoid(raw: Tensor) -> Tensor:
     # σ(z + 3) / σ(3), written so that z = 0 gives exactly 1 in every precision. Below -30 the gate is zero to all
     # purposes, and the clamp keeps the exponential finite.
-    return 1 / (1 + (1 - _SIGMOID_3) * torch.expm1(-raw.clamp(min=-30)))
+    return (1 + (1 - _SIGMOID_3) * torch.expm1(-raw.clamp(min=-30))).reciprocal()
 
 
 def _shifted_sigmoid_inverse(value: float) -> float:
