@@ -16,8 +16,8 @@ import numpy as np
 from ncn.data import MANIFEST, Manifest, Request, ShardRecord, SourceRecord, TokenDataset, token_dtype
 from ncn.errors import UserError
 from ncn.files import write_atomically
+from ncn.fitting import check_same_tokenizer
 from ncn.prepare import SHARD_TOKENS, prepare
-from ncn.train import check_same_tokenizer
 
 TUNING_SHARE = 0.05
 TUNING_TOKENS = 2_048, 65_536
