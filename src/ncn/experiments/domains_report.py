@@ -200,8 +200,8 @@ def page_text(results: Mapping[str, Any]) -> str:
             f"{results['seeds'][0]}; the dotted line is no effect).",
             "![Signals by domain](signals.png)",
             "Distance between the two means, in standard deviations within a domain, the mean over seeds; *same "
-            "tokens* compares only tokens of equal identity, so that nothing is left of it where a signal follows the token "
-            "alone:",
+            "tokens* compares only tokens of equal identity, so that nothing is left of it where a signal follows "
+            "the token alone:",
             _distance_table(results),
             "How often a linear read-out, fitted on the tuning text, names the domain of held-out text (one half is "
             "chance), from the signals and, as a control, from the token ids (naive Bayes):",
