@@ -72,9 +72,10 @@ class DocumentLosses:
         """Over all documents."""
         return float(self.nats.sum() / math.log(2) / self.bytes.sum())
 
-    def validation_facts(self) -> dict[str, float]:
-        """What a training run logs of it."""
-        return _validation_facts(self)
+    def validation_facts(self, dataset: TokenDataset) -> dict[str, Any]:
+        """What a training run logs of it, also for each task of the dataset where it has tasks."""
+        by_task = {name: _validation_facts(part) for name, part in self.by_task(dataset).items()}
+        return {**_validation_facts(self), **({"validation_tasks": by_task} if by_task else {})}
 
     def of(self, chosen: npt.NDArray[np.bool_]) -> DocumentLosses:
         """Those of some documents; `chosen` is of shape (documents,)."""

@@ -178,11 +178,10 @@ class Training:
         if self.valid is None:
             return {}
         if self.valid.tasks:
-            return self._facts(self.valid, self._document_losses(self.valid))
+            return self._document_losses(self.valid).validation_facts(self.valid)
         limit = self.config.eval_tokens
-        return evaluate(
-            self.model, self.valid, context=self.context, max_tokens=limit, autocast=self.autocast
-        ).validation_facts()
+        found = evaluate(self.model, self.valid, context=self.context, max_tokens=limit, autocast=self.autocast)
+        return found.validation_facts()
 
     def validate_documents(self) -> dict[str, Any]:
         """Validation loss on everything, which is left document by document in documents.safetensors."""
@@ -191,14 +190,10 @@ class Training:
         losses = self._document_losses(self.valid)
         with disk_problem_in_one_line(self.run.path):
             losses.save(self.run.path / "documents.safetensors")
-        return self._facts(self.valid, losses)
+        return losses.validation_facts(self.valid)
 
     def _document_losses(self, valid: TokenDataset) -> DocumentLosses:
         return document_losses(self.model, valid, context=self.context, autocast=self.autocast, given=self.valid_given)
-
-    def _facts(self, valid: TokenDataset, losses: DocumentLosses) -> dict[str, Any]:
-        by_task = {name: part.validation_facts() for name, part in losses.by_task(valid).items()}
-        return losses.validation_facts() | ({"validation_tasks": by_task} if by_task else {})
 
     def save(self, seconds: float) -> Path:
         """Write a checkpoint of everything that the next step depends on."""
