@@ -16,6 +16,8 @@ import ncn
 from contracts.variants import SMALL_CONTROLLER, awake, config, text
 from ncn.attributes import MEASURES, DocumentSliders, rank, read_table, write_attributes
 from ncn.cache import Cache
+from ncn.config import ControllerConfig
+from ncn.document_inputs import DocumentInputs
 from ncn.generate import generate_tokens
 from ncn.model import ModulatedTransformer
 from ncn.prepare import prepare
@@ -198,12 +200,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_token_has_the_sliders_of_its_document(data: Path) -> None:
     dataset = ncn.TokenDataset.open(data / "data")
-    sliders = DocumentSliders(dataset, ("dialogue", "length"))
+    given = DocumentInputs(dataset, ControllerConfig(sliders=("dialogue", "length")))
+
+    def sliders(step: int, rows: int, dropout: float) -> np.ndarray:
+        return given.batch(3, step, rows, 64, dropout).sliders.numpy()
+
     batch = dataset.batch(3, 5, 4, 64)
-    found = sliders.batch(3, 5, 4, 64, dropout=0.0)
+    found = sliders(5, 4, 0.0)
     assert found.shape == (4, 64, 2)
     decode, table = dataset.tokenizer().decode, read_table(data / "data")
-    bounds = [*sliders.starts.tolist(), dataset.tokens]
+    bounds = [*given.starts.tolist(), dataset.tokens]
     texts = [decode(dataset.read(a + 1, b - a - 1).tolist()) for a, b in itertools.pairwise(bounds)]
     checked = 0
     for row in range(4):
@@ -218,8 +224,8 @@ def test_every_token_has_the_sliders_of_its_document(data: Path) -> None:
             assert found[row, a:b] == pytest.approx(np.tile(expected, (b - a, 1)), abs=1e-6)
             checked += 1
     assert checked > 2
-    assert np.array_equal(found, sliders.batch(3, 5, 4, 64, dropout=0.0))
-    dropped = np.stack([np.isnan(sliders.batch(3, step, 16, 64, dropout=0.2))[:, 0] for step in range(100)])
+    assert np.array_equal(found, sliders(5, 4, 0.0))
+    dropped = np.stack([np.isnan(sliders(step, 16, 0.2))[:, 0] for step in range(100)])
     assert dropped.mean() == pytest.approx(0.2 + 0.8 * 0.2, abs=0.03)
     assert dropped.all(-1).mean() == pytest.approx(0.2 + 0.8 * 0.04, abs=0.03)
 

@@ -25,11 +25,12 @@ from ncn.config import Recipe
 from ncn.data import TokenDataset
 from ncn.errors import UserError
 from ncn.evaluate import DocumentLosses, evaluate
+from ncn.fitting import fit_to_data
 from ncn.runs import RunFolder, read_checkpoint
 from ncn.signals import homeostatic_loss
 from ncn.stopping import Interrupted
 from ncn.store import load
-from ncn.train import Training, begin, fit_to_data, train
+from ncn.train import Training, begin, train
 from tiny import STEPS, assert_nothing_half_written, assert_same_run, at_step, interrupt, prepare_text, recipe, stories
 
 NCN = [sys.executable, "-m", "ncn"]

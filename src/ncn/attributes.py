@@ -122,7 +122,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 class DocumentSliders:
-    """The sliders of a dataset's tokens: those of the document that each token is in."""
+    """The sliders of a dataset's documents, `ranks` (documents, sliders); `starts` says where each document begins."""
 
     def __init__(self, dataset: TokenDataset, names: tuple[str, ...]) -> None:
         """Raises `UserError` where the dataset has no such attribute."""
@@ -135,22 +135,7 @@ class DocumentSliders:
             raise UserError(f"the attributes in {dataset.folder} are of other data: prepare it with --attributes again")
         ranks = load_file(dataset.folder / VALUES)["ranks"]
         self.ranks = ranks[:, [known.index(name) for name in names]]
-        self.dataset, self.starts = dataset, dataset.document_starts()
-
-    def batch(self, seed: int, step: int, batch_size: int, context: int, dropout: float) -> npt.NDArray[np.float32]:
-        """Ranks for the inputs of `TokenDataset.batch`: (batch, tokens, sliders), NaN where they are unset.
-
-        With probability `dropout` a window has none set, and else with the same probability each one is left out: a
-        pure function of the arguments, as the batch is.
-        """
-        places = self.dataset.batch_starts(seed, step, batch_size, context)[:, None] + np.arange(context)
-        documents = np.searchsorted(self.starts, places % self.dataset.tokens, side="right") - 1
-        values = self.ranks[documents]
-        drawn = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, step, 1])))
-        whole = drawn.random((batch_size, 1, 1)) < dropout
-        single = drawn.random((batch_size, 1, values.shape[-1])) < dropout
-        values[np.broadcast_to(whole | single, values.shape)] = np.nan
-        return values
+        self.starts = dataset.document_starts()
 
 
 @functools.cache

@@ -8,7 +8,7 @@ document before. `ncn.prepare` writes such a folder.
 
 import bisect
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -64,11 +64,20 @@ class Request(Record):
     field: str
     split: str
     shard_tokens: int
+    tasks: tuple[str, ...] = ()
+
+
+class TaskRecord(Record):
+    """The next so many documents of the stream belong to this task."""
+
+    name: str
+    documents: int
 
 
 class Manifest(Record):
     """What a dataset folder holds. `text_bytes` counts the documents' text in UTF-8, separators left out; `hash` is the
-    SHA-256 of all token bytes in order, whatever the sizes of the shards."""
+    SHA-256 of all token bytes in order, whatever the sizes of the shards; `tasks` say of every document, in order, to
+    which task it belongs, and are empty where documents belong to none."""
 
     format_version: Literal[1] = 1
     tokens: int
@@ -81,6 +90,7 @@ class Manifest(Record):
     hash: str
     shards: tuple[ShardRecord, ...]
     request: Request
+    tasks: tuple[TaskRecord, ...] = ()
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -209,6 +219,30 @@ class TokenDataset:
             for start in range(0, len(shard), _READ_BLOCK)
         ]
         return np.concatenate(found).astype(np.int64)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that the documents belong to, in the order in which they come; empty without tasks."""
+        return tuple(dict.fromkeys(record.name for record in self.manifest.tasks))
+
+    def document_tasks(self, names: Sequence[str]) -> npt.NDArray[np.int64]:
+        """For each document the place of its task in `names`; shape (documents,).
+
+        Raises `UserError` where the documents belong to no task, or to one that is not named.
+        """
+        if not self.tasks:
+            raise UserError(
+                f"the documents in {self.folder} belong to no tasks: prepare them with one --task for each source"
+            )
+        for name in self.tasks:
+            if name not in names:
+                raise UserError(
+                    f"the documents in {self.folder} belong to the tasks {', '.join(self.tasks)}, and {name!r} is not "
+                    f"among {', '.join(names)}: name all of them in controller.tasks"
+                )
+        records = self.manifest.tasks
+        places = np.array([names.index(record.name) for record in records])
+        return np.repeat(places, [record.documents for record in records])
 
     def epoch_windows(self, context: int) -> int:
         """Windows in an epoch: the stream's tokens over the context, rounded up."""

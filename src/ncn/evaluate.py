@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from ncn.data import Batch, TokenDataset
+from ncn.document_inputs import DocumentInputs
 from ncn.errors import UserError
 from ncn.files import write_atomically
 from ncn.loss import IGNORED
@@ -71,9 +72,19 @@ class DocumentLosses:
         """Over all documents."""
         return float(self.nats.sum() / math.log(2) / self.bytes.sum())
 
-    def validation_facts(self) -> dict[str, float]:
-        """What a training run logs of it."""
-        return _validation_facts(self)
+    def validation_facts(self, dataset: TokenDataset) -> dict[str, Any]:
+        """What a training run logs of it, also for each task of the dataset where it has tasks."""
+        by_task = {name: _validation_facts(part) for name, part in self.by_task(dataset).items()}
+        return {**_validation_facts(self), **({"validation_tasks": by_task} if by_task else {})}
+
+    def of(self, chosen: npt.NDArray[np.bool_]) -> DocumentLosses:
+        """Those of some documents; `chosen` is of shape (documents,)."""
+        return DocumentLosses(self.nats[chosen], self.tokens[chosen], self.bytes[chosen])
+
+    def by_task(self, dataset: TokenDataset) -> dict[str, DocumentLosses]:
+        """The losses of the documents of each of the dataset's tasks, by the task's name; empty without tasks."""
+        places = dataset.document_tasks(dataset.tasks) if dataset.tasks else np.zeros(0, np.int64)
+        return {name: self.of(places == number) for number, name in enumerate(dataset.tasks)}
 
     def save(self, path: Path) -> None:
         write_atomically(path, save(vars(self)))
@@ -94,17 +105,21 @@ def document_losses(
     context: int | None = None,
     batch_size: int = 16,
     autocast: torch.dtype | None = None,
+    given: DocumentInputs | None = None,
 ) -> DocumentLosses:
-    """The loss of each document, in the windows of `evaluate`, to whose result the documents add up.
+    """The loss of each document, in the windows of `evaluate`, to whose result the documents add up. `given` is what
+    the dataset's documents give the controller.
 
     The bytes are those of the decoded tokens. Where a tokenizer does not give back the very text, they are scaled so
     that they still add up to the dataset's.
     """
     check_vocabulary(model, dataset)
-    found = []
+    found, place = [], 0
     with _evaluating(model, autocast) as device:
         for inputs, targets in dataset.windows(context or model.config.context_length, batch_size):
-            losses = model.token_losses(inputs.to(device), targets.to(device)).cpu()
+            control = given.at(place + np.arange(inputs.numel()).reshape(inputs.shape)).to(device) if given else None
+            losses = model.token_losses(inputs.to(device), targets.to(device), control=control).cpu()
+            place += inputs.numel()
             found.append(losses[targets != IGNORED].double().numpy())
     losses_in_order, starts = np.concatenate(found), dataset.document_starts()  # of the tokens after the first
     decode = dataset.tokenizer().decode

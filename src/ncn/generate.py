@@ -28,6 +28,7 @@ def generate_tokens(
     seed: int | None = None,
     stop_id: int | None = None,
     sliders: Mapping[str, float | tuple[float, float]] | None = None,
+    task: str | None = None,
     guidance: float = 1.0,
 ) -> Iterator[int]:
     """Yield new token ids as they come; ends at `stop_id` (not yielded), after `max_tokens`, or at a full context.
@@ -36,11 +37,12 @@ def generate_tokens(
     set with probability `top_p` where given. The same `seed` gives the same tokens.
 
     `sliders` sets inputs of the controller by name, each a number from 0 to 1, or a pair of numbers: from the first at
-    the prompt to the second at `max_tokens`. Those that are not named are unset. `guidance` above 1 extrapolates from
-    the model without them to the model with them: logits are unset + guidance · (set - unset).
+    the prompt to the second at `max_tokens`. Those that are not named are unset. `task` names one of the model's tasks.
+    `guidance` above 1 extrapolates from the model without them to the model with them: logits are unset + guidance ·
+    (set - unset).
     """
     _check_sampling(max_tokens, temperature, top_k, top_p)
-    setting = _Setting(model, sliders or {}, guidance, max_tokens)
+    setting = _Setting(model, sliders or {}, task, guidance, max_tokens)
     room = model.config.context_length - len(prompt)
     if not prompt:
         raise UserError("the prompt is empty: give at least one token")
@@ -71,12 +73,13 @@ def generate_tokens(
 
 
 class _Setting:
-    """The sliders of a text that is being written, and the guidance towards them."""
+    """The sliders and the task of a text that is being written, and the guidance towards them."""
 
     def __init__(
         self,
         model: ModulatedTransformer,
         sliders: Mapping[str, float | tuple[float, float]],
+        task: str | None,
         guidance: float,
         max_tokens: int,
     ) -> None:
@@ -87,22 +90,29 @@ class _Setting:
                 raise UserError(f"this model has no slider {name!r}; {has}")
             if not all(0 <= end <= 1 for end in (value if isinstance(value, tuple) else (value,))):
                 raise UserError(f"slider {name} is {value}; it must lie from 0 to 1")
+        tasks = model.config.controller.tasks if model.config.controller else ()
+        if task is not None and task not in tasks:
+            raise UserError(f"this model has no task {task!r}; it has {', '.join(tasks) or 'none'}")
         if guidance < 0:
             raise UserError(f"guidance must be 0 or more, not {guidance}")
-        if guidance != 1 and not sliders:
-            raise UserError("guidance leads towards sliders, and none is set")
+        if guidance != 1 and not sliders and task is None:
+            raise UserError("guidance leads towards sliders or a task, and none is set")
         self.guidance, self.last = guidance, max(max_tokens - 1, 1)
         self.rows = 1 if guidance == 1 else 2
         ends = [sliders.get(name, math.nan) for name in known] if sliders else []
         self.ends = [end if isinstance(end, tuple) else (end, end) for end in ends]
+        self.task = None if task is None else tasks.index(task)
 
-    def inputs(self, number: int, device: torch.device) -> ControlInputs | None:
-        """For the token after `number` new ones: (rows, 1, sliders); the first of two rows is unset."""
-        if not self.ends:
-            return None
-        share = min(number / self.last, 1)
-        values = torch.tensor([[[first + share * (last - first) for first, last in self.ends]]], device=device)
-        return ControlInputs(values if self.rows == 1 else torch.cat([torch.full_like(values, math.nan), values]))
+    def inputs(self, number: int, device: torch.device) -> ControlInputs:
+        """For the token after `number` new ones; the first of two rows is unset."""
+        sliders = tasks = None
+        if self.ends:
+            share = min(number / self.last, 1)
+            values = torch.tensor([[[first + share * (last - first) for first, last in self.ends]]])
+            sliders = torch.cat([*[torch.full_like(values, math.nan)] * (self.rows - 1), values])
+        if self.task is not None:
+            tasks = torch.tensor([*[[-1]] * (self.rows - 1), [self.task]])
+        return ControlInputs(sliders, tasks).to(device)
 
     def guided(self, logits: Tensor) -> Tensor:
         """The logits to draw from, of those of all rows."""

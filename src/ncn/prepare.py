@@ -11,14 +11,26 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from ncn.data import JOURNAL, MANIFEST, Manifest, Record, Request, ShardRecord, TokenDataset, hash_shard, token_dtype
+from ncn.data import (
+    JOURNAL,
+    MANIFEST,
+    Manifest,
+    Record,
+    Request,
+    ShardRecord,
+    TaskRecord,
+    TokenDataset,
+    hash_shard,
+    token_dtype,
+)
 from ncn.encoding import Place, encode_in_order, placed_pieces, usable_cores
 from ncn.errors import UserError
 from ncn.files import PART_SUFFIX, write_atomically
@@ -38,10 +50,11 @@ _OWN_FILE = re.compile(
 
 
 class _Shard(Record):
-    """A finished shard, and the place of the document after it: `document` documents into source number `source`."""
+    """A finished shard, how many documents of each source it holds, and the place of the document after it: `document`
+    documents into source number `source`."""
 
     shard: ShardRecord
-    documents: int
+    documents: tuple[int, ...]
     text_bytes: int
     source: int
     document: int
@@ -60,6 +73,7 @@ def prepare(
     tokenizer: str | None = None,
     field: str = "text",
     split: str = "train",
+    tasks: Sequence[str] = (),
     workers: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
     progress: bool = False,
@@ -78,6 +92,7 @@ def prepare(
         tokenizer: or use this one: "gpt2", a `tokenizer.json`, or a folder that holds one.
         field: the key (JSON lines) or column (Parquet, hub) that holds the text.
         split: the split of a hub dataset.
+        tasks: names of the tasks that the documents belong to, one for each source, in order; or none.
         workers: encoding threads; by default one for each core that the process may use.
         shard_tokens: a shard is closed by the document with which it reaches this many tokens.
         progress: show a progress bar on standard error, or now and then a line where that is not a terminal.
@@ -98,6 +113,10 @@ def prepare(
         raise UserError(f"workers and shard_tokens must be at least 1, not {workers} and {shard_tokens}")
     if not sources:
         raise UserError("no sources given: name at least one file, hub dataset or bundled sample")
+    if tasks and len(tasks) != len(sources):
+        raise UserError(
+            f"{len(tasks)} --task for {len(sources)} sources: give one for each source, in the same order, or none"
+        )
     given = Tokenizer.load(tokenizer) if tokenizer is not None else None
     opened = [open_source(name, field, split) for name in sources]
     request = Request(
@@ -107,6 +126,7 @@ def prepare(
         field=field,
         split=split,
         shard_tokens=shard_tokens,
+        tasks=tuple(tasks),
     )
     out_existed = out.exists()
     finished = _check_folder(out, request)
@@ -155,9 +175,10 @@ class _Preparation:
         self._write_shards(tokenizer, workers, report)
         shards = self.journal.shards
         dtype = token_dtype(tokenizer.vocab_size)
+        documents = [sum(counts) for counts in zip(*(done.documents for done in shards), strict=True)]  # of each source
         manifest = Manifest(
             tokens=sum(done.shard.tokens for done in shards),
-            documents=sum(done.documents for done in shards),
+            documents=sum(documents),
             text_bytes=sum(done.text_bytes for done in shards),
             dtype="uint16" if dtype.itemsize == 2 else "uint32",
             vocab_size=tokenizer.vocab_size,
@@ -166,6 +187,10 @@ class _Preparation:
             hash=self.hash.hexdigest(),
             shards=tuple(done.shard for done in shards),
             request=self.journal.request,
+            tasks=tuple(
+                TaskRecord(name=name, documents=count)
+                for name, count in zip(self.journal.request.tasks, documents, strict=False)  # no tasks, or one each
+            ),
         )
         write_atomically(self.out / MANIFEST, manifest.to_json())
         (self.out / JOURNAL).unlink()
@@ -220,7 +245,7 @@ class _Preparation:
                         self._finish_shard(writer, place)
                         writer = _ShardWriter(self.out, len(self.journal.shards), dtype, self.hash)
                         written = begin
-                    writer.documents += piece.first
+                    writer.documents[place.source] += piece.first
                     writer.text_bytes += piece.bytes
                     end = Place(place.source, place.document + 1)
                 writer.append(encoded[written:])
@@ -234,7 +259,7 @@ class _Preparation:
     def _finish_shard(self, writer: "_ShardWriter", following: Place) -> None:
         done = _Shard(
             shard=writer.finish(),
-            documents=writer.documents,
+            documents=tuple(writer.documents[number] for number in range(len(self.sources))),
             text_bytes=writer.text_bytes,
             source=following.source,
             document=following.document,
@@ -251,7 +276,9 @@ class _ShardWriter:
         self.part = self.path.with_name(self.path.name + PART_SUFFIX)
         self.file = self.part.open("wb")
         self.dtype, self.whole, self.own = dtype, whole, hashlib.sha256()
-        self.tokens = self.documents = self.text_bytes = 0
+        self.tokens = self.text_bytes = 0
+        self.documents: Counter[int] = Counter()
+        """By the number of their source."""
 
     def append(self, tokens: npt.NDArray[np.unsignedinteger]) -> None:
         content = tokens.tobytes()

@@ -84,8 +84,8 @@ class RunFolder:
     def check_unchanged(self, recipe: Recipe, data: Mapping[str, str | None]) -> None:
         """Raises `UserError` that names the difference if the run was begun with another recipe or other data.
 
-        `data` holds the fingerprints of the training and validation data, as env.json does. What may differ is what
-        does not change the result.
+        `data` holds the fingerprints of the training and validation data, and of the weights that the run begins at,
+        as env.json does. What may differ is what does not change the result.
         """
         before, after = flat(self.recipe().model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
         for name in sorted(before.keys() | after.keys()):
@@ -95,12 +95,13 @@ class RunFolder:
                     f"{after.get(name)!r}; resume with the old one, or start a new run"
                 )
         environment = self.environment()
-        for kind, option in (("data", "--data"), ("validation", "--valid")):
-            if environment.get(kind) != data[kind]:
-                raise UserError(
-                    f"the {'training' if kind == 'data' else kind} data is not that of the run in {self.path}; "
-                    f"give the same {option} to resume"
-                )
+        for kind, option, what in (
+            ("data", "--data", "the training data is not that"),
+            ("validation", "--valid", "the validation data is not that"),
+            ("start", "--start", "the weights to begin at are not those"),
+        ):
+            if environment.get(kind) != data.get(kind):
+                raise UserError(f"{what} of the run in {self.path}; give the same {option} to resume")
 
     def summary(self) -> dict[str, Any]:
         """The end result; raises `UserError` for a run that has not finished."""

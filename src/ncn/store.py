@@ -6,6 +6,7 @@ whose entry "ncn" is the whole `NCNConfig`. Only safetensors are read: nothing i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,9 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ncn.config import NCNConfig
+from ncn.data import hash_shard
 from ncn.errors import UserError
 from ncn.files import PART_SUFFIX, readable_as_usual, write_atomically
 from ncn.model import ModulatedTransformer
+from ncn.runs import flat
 from ncn.tokenizer import Tokenizer
 
 MODEL_TYPE = "ncn"
@@ -130,6 +133,34 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = torch.float32)
     _check_tensors(model, tensors, folder)
     model.load_state_dict(tensors, assign=True)
     return model.eval()
+
+
+def load_start(model: ModulatedTransformer, start: str | Path, tokenizer_sha256: str) -> None:
+    """Give `model` the weights of the trained model `start`, as `load` finds it, to train on from there.
+
+    Raises `UserError` where it is another model, or knows the text by other tokens than those of the tokenizer with the
+    fingerprint `tokenizer_sha256`.
+    """
+    folder = find(start)
+    if Tokenizer.load(folder).fingerprint != tokenizer_sha256:
+        raise UserError(f"the data was prepared with another tokenizer than that of {start}: use --tokenizer {folder}")
+    trained = load_model(folder)
+    old, new = (flat(config.model_dump(mode="json")) for config in (trained.config, model.config))
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise UserError(
+                f"the weights of {start} are of another model: {name} is {old.get(name)!r} there and "
+                f"{new.get(name)!r} here; leave the model's settings as they are there"
+            )
+    model.load_state_dict(trained.state_dict())
+
+
+def weights_fingerprint(name_or_path: str | Path) -> str:
+    """SHA-256 of a saved model's weight files."""
+    found = hashlib.sha256()
+    for path in _weight_files(find(name_or_path)):
+        hash_shard(path, found)
+    return found.hexdigest()
 
 
 def read_config(folder: Path) -> NCNConfig:

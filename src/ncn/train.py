@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ncn.attributes import DocumentSliders
 from ncn.config import Recipe, TrainConfig
 from ncn.data import Batch, TokenDataset
 from ncn.devices import arithmetic, find_device
+from ncn.document_inputs import DocumentInputs
 from ncn.errors import UserError
-from ncn.evaluate import document_losses, evaluate
+from ncn.evaluate import DocumentLosses, document_losses, evaluate
+from ncn.fitting import check_same_tokenizer, fit_to_data, identify
 from ncn.loss import IGNORED
 from ncn.model import ModulatedTransformer
 from ncn.optimizers import build_optimizers, learning_rate_factor, load_optimizer_state, optimizer_state
@@ -26,7 +27,7 @@ from ncn.progress import TrainingProgress
 from ncn.runs import RunFolder, describe_environment, disk_problem_in_one_line, write_json
 from ncn.signals import controller_problem, homeostatic_loss, signal_statistics
 from ncn.stopping import Interrupted, graceful_stop
-from ncn.store import save_model
+from ncn.store import load_start, save_model
 from ncn.trackers import Tracker, check_installed, open_trackers
 from ncn.types import ControlInputs
 
@@ -56,7 +57,8 @@ class Training:
     model: ModulatedTransformer
     device: torch.device
     autocast: torch.dtype | None
-    sliders: DocumentSliders | None = None
+    given: DocumentInputs | None = None
+    valid_given: DocumentInputs | None = None
     step: int = 0
     sums: Accumulated = field(default_factory=Accumulated)
     warned: bool = False
@@ -117,10 +119,10 @@ class Training:
     def _control_parts(self, size: int) -> list[ControlInputs | None]:
         """The inputs from outside of this step's micro-batches of `size` rows; None for a model that has none."""
         config = self.config
-        if self.sliders is None:
+        if self.given is None:
             return [None] * (-(-config.batch_size // size))
-        values = self.sliders.batch(config.seed, self.step, config.batch_size, self.context, config.input_dropout)
-        return [ControlInputs(rows) for rows in torch.split(torch.from_numpy(values).to(self.device), size)]
+        given = self.given.batch(config.seed, self.step, config.batch_size, self.context, config.input_dropout)
+        return [*given.to(self.device).split(size)]
 
     def not_a_number(self, what: str) -> Diverged:
         kept = f"the last good checkpoint stays in {self.run.path / 'checkpoints'}; " if self.run.checkpoints() else ""
@@ -170,23 +172,28 @@ class Training:
     def bits_per_byte(self, loss: float) -> float:
         return loss / math.log(2) * self.dataset.tokens / self.dataset.text_bytes
 
-    def validate(self) -> dict[str, float]:
-        """Validation loss on the first `eval_tokens`; empty without validation data."""
+    def validate(self) -> dict[str, Any]:
+        """Validation loss on the first `eval_tokens`, or on everything and by task where the data has tasks; empty
+        without validation data."""
         if self.valid is None:
             return {}
+        if self.valid.tasks:
+            return self._document_losses(self.valid).validation_facts(self.valid)
         limit = self.config.eval_tokens
-        return evaluate(
-            self.model, self.valid, context=self.context, max_tokens=limit, autocast=self.autocast
-        ).validation_facts()
+        found = evaluate(self.model, self.valid, context=self.context, max_tokens=limit, autocast=self.autocast)
+        return found.validation_facts()
 
-    def validate_documents(self) -> dict[str, float]:
+    def validate_documents(self) -> dict[str, Any]:
         """Validation loss on everything, which is left document by document in documents.safetensors."""
         if self.valid is None:
             return {}
-        losses = document_losses(self.model, self.valid, context=self.context, autocast=self.autocast)
+        losses = self._document_losses(self.valid)
         with disk_problem_in_one_line(self.run.path):
             losses.save(self.run.path / "documents.safetensors")
-        return losses.validation_facts()
+        return losses.validation_facts(self.valid)
+
+    def _document_losses(self, valid: TokenDataset) -> DocumentLosses:
+        return document_losses(self.model, valid, context=self.context, autocast=self.autocast, given=self.valid_given)
 
     def save(self, seconds: float) -> Path:
         """Write a checkpoint of everything that the next step depends on."""
@@ -240,18 +247,21 @@ def train(
     out: str | Path,
     *,
     valid: str | Path | None = None,
+    start: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Train a model by `recipe` on prepared `data` and leave a run folder at `out`; returns its summary.
 
-    The model's vocabulary and separator are taken from the data. With `resume`, an interrupted run continues bit for
-    bit (on CPU), one that never began begins, and a finished one returns its summary. Raises `UserError` for unusable
-    data or folders, a changed recipe or changed data on resume, a full disk, and a loss that is no longer a number;
-    `Interrupted` after Ctrl-C.
+    The model's vocabulary and separator are taken from the data. It begins at random weights, or at those of `start`,
+    a trained model of the same configuration. Validation gives a model with tasks the tasks of the validation data; it
+    gives it no sliders, which are measured on the very text that is to be predicted. With `resume`, an interrupted run
+    continues bit for bit (on CPU), one that never began begins, and a finished one returns its summary. Raises
+    `UserError` for unusable data or folders, a changed recipe or changed data on resume, a full disk, and a loss that
+    is no longer a number; `Interrupted` after Ctrl-C.
     """
-    training = begin(recipe, data, out, valid=valid, resume=resume)
+    training = begin(recipe, data, out, valid=valid, start=start, resume=resume)
     if training.run.finished:
         say(f"{training.run.path} is finished already")
         return training.run.summary()
@@ -263,7 +273,15 @@ def train(
         return _finish(training, begun, tracker)
 
 
-def begin(recipe: Recipe, data: str | Path, out: str | Path, *, valid: str | Path | None, resume: bool) -> Training:
+def begin(
+    recipe: Recipe,
+    data: str | Path,
+    out: str | Path,
+    *,
+    valid: str | Path | None,
+    start: str | Path | None = None,
+    resume: bool,
+) -> Training:
     """Open the data, build the model at its initial weights, and create or reopen the run folder.
 
     The folder comes last, so that a mistake leaves none behind.
@@ -274,7 +292,9 @@ def begin(recipe: Recipe, data: str | Path, out: str | Path, *, valid: str | Pat
     valid_set = TokenDataset.open(valid) if valid else None
     recipe = fit_to_data(recipe, dataset)
     controller = recipe.model.controller
-    sliders = DocumentSliders(dataset, controller.sliders) if controller and controller.sliders else None
+    given = DocumentInputs.of(dataset, controller)
+    known = controller.override(sliders=()) if controller and valid_set and valid_set.tasks else None
+    valid_given = DocumentInputs.of(valid_set, known) if valid_set else None
     context = recipe.train.context or recipe.model.context_length
     if dataset.tokens < context:
         raise UserError(
@@ -287,13 +307,15 @@ def begin(recipe: Recipe, data: str | Path, out: str | Path, *, valid: str | Pat
     model = _build(recipe, device)
     if valid_set:
         check_same_tokenizer(dataset, valid_set)
-    identity = {"data": dataset.fingerprint, "validation": valid_set.fingerprint if valid_set else None}
+    identity = identify(dataset, valid_set, start)
+    if start:
+        load_start(model, start, dataset.manifest.tokenizer_sha256)
     if resume and (Path(out) / "config.json").exists():
         run = RunFolder.open(out)
         run.check_unchanged(recipe, identity)
     else:
         run = RunFolder.create(out, recipe, describe_environment(device, autocast=str(autocast), **identity))
-    return Training(recipe, run, dataset, valid_set, model, device, autocast, sliders)
+    return Training(recipe, run, dataset, valid_set, model, device, autocast, given, valid_given)
 
 
 def _build(recipe: Recipe, device: torch.device) -> ModulatedTransformer:
@@ -302,35 +324,6 @@ def _build(recipe: Recipe, device: torch.device) -> ModulatedTransformer:
     from ncn.retrofit.model import build_retrofitted
 
     return build_retrofitted(recipe, device)
-
-
-def check_same_tokenizer(data: TokenDataset, valid: TokenDataset) -> None:
-    """Raises `UserError` if the validation data was made by another tokenizer than the training data."""
-    if valid.manifest.tokenizer_sha256 != data.manifest.tokenizer_sha256:
-        raise UserError(
-            f"{valid.folder} and {data.folder} were prepared with different tokenizers; "
-            f"prepare the validation data with --tokenizer {data.folder}"
-        )
-
-
-def fit_to_data(recipe: Recipe, dataset: TokenDataset) -> Recipe:
-    """The recipe with the vocabulary size and the separator of the data."""
-    changes = {"separator_id": dataset.separator_id}
-    if recipe.base is None:
-        changes["vocab_size"] = dataset.vocab_size
-    elif dataset.vocab_size > recipe.model.vocab_size:
-        raise UserError(
-            f"the data has a vocabulary of {dataset.vocab_size}, and the base one of {recipe.model.vocab_size}; "
-            f"prepare it with --tokenizer {recipe.base}"
-        )
-    model = recipe.model.override(**changes)
-    context = recipe.train.context or model.context_length
-    if context > model.context_length:
-        raise UserError(
-            f"train.context ({context}) is longer than the model's context_length ({model.context_length}); "
-            "raise context_length"
-        )
-    return recipe.model_copy(update={"model": model})
 
 
 def _loop(

@@ -15,7 +15,7 @@ pools       heads of the salience pooling; values: width of what one of them poo
 from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, device
 
 TokenIds = Int[Tensor, "batch tokens"]
 Segments = Int[Tensor, "batch tokens"]
@@ -40,3 +40,12 @@ class ControlInputs(NamedTuple):
     """Places in `controller.tasks`, -1 where unset."""
     instruction: Float[Tensor, "#batch #tokens width"] | None = None
     """Pooled embeddings of an instruction's tokens (`ModulatedTransformer.pool_instruction`), 0 where unset."""
+
+    def to(self, place: device) -> "ControlInputs":
+        """The same on another device."""
+        return ControlInputs(*(value if value is None else value.to(place) for value in self))
+
+    def split(self, rows: int) -> "list[ControlInputs]":
+        """The same in parts of so many rows each; every input that is given has one row for each sequence."""
+        given = {name: value.split(rows) for name, value in self._asdict().items() if value is not None}
+        return [ControlInputs(**dict(zip(given, parts, strict=True))) for parts in zip(*given.values(), strict=True)]

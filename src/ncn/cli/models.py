@@ -39,6 +39,10 @@ def prepare(
     ] = None,
     field: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of the task that a source's documents belong to; one for each source, in their order."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Encoding threads; default: one a core.")] = None,
     attributes: Annotated[
         bool,
@@ -58,6 +62,7 @@ def prepare(
         tokenizer=tokenizer,
         field=field,
         split=split,
+        tasks=task or [],
         workers=workers,
         progress=True,
     )
@@ -86,6 +91,10 @@ def train(
         typer.Option(help="Train a controller on this transformers model, a folder or hub name; it does not change."),
     ] = None,
     valid: Annotated[Path | None, typer.Option(help="Dataset folder to validate on.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="Begin at the weights of this trained model, whose settings are then the default."),
+    ] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Train without a controller.")] = False,
     compile_model: Annotated[bool, typer.Option("--compile", help="Compile the model with torch.compile.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, bit for bit.")] = False,
@@ -103,15 +112,21 @@ def train(
 
         recipe = retrofit_recipe(base, changes, Recipe.read(source) if (source := config or preset or begun) else None)
     else:
-        recipe = Recipe.read(config or preset or begun or "mini", changes)
+        recipe = Recipe.read(source := config or preset or begun or "mini")
+        if start and source == "mini" and not preset:
+            from ncn.store import find, read_config
+
+            recipe = recipe.model_copy(update={"model": read_config(find(start))})
+        recipe = recipe.with_settings(changes)
+    from ncn.runs import flat
     from ncn.stopping import Interrupted
     from ncn.train import train as run
 
     try:
-        summary = run(recipe, data, out, valid=valid, resume=resume)
+        summary = run(recipe, data, out, valid=valid, start=start, resume=resume)
     except Interrupted as stop:
         fail(f"{stop}; to go on, give the same command with --resume", 130)
-    for key, value in summary.items():
+    for key, value in flat(summary).items():
         text = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
         print(f"{key:26s} {text}")
 
@@ -132,7 +147,8 @@ def generate(
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Set a slider from 0 to 1; 0.1:0.9 moves it over the text."),
     ] = None,
-    guidance: Annotated[float, typer.Option(help="Above 1, exaggerate what the sliders do.")] = 1.0,
+    task: Annotated[str | None, typer.Option(help="One of the tasks that the model was trained with.")] = None,
+    guidance: Annotated[float, typer.Option(help="Above 1, exaggerate what sliders and task do.")] = 1.0,
 ) -> None:
     """Continue a prompt, streaming. MODEL is a run folder, a saved folder, a bundled model or a hub name."""
     model_name, prompt = model_and_text(words, "PROMPT")
@@ -141,7 +157,7 @@ def generate(
 
     model, tokenizer = load(model_name)
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    options |= {"sliders": dict(map(_slider, settings or [])), "guidance": guidance}
+    options |= {"sliders": dict(map(_slider, settings or [])), "task": task, "guidance": guidance}
     if max_tokens is not None:
         options["max_tokens"] = max_tokens
     pieces = run(model, tokenizer, prompt, **options)

@@ -30,8 +30,8 @@ from ncn.experiments.launch import Job, Launcher, launch
 from ncn.experiments.noise import seed_noise
 from ncn.experiments.splits import Splits, make_splits
 from ncn.experiments.timing import measure_steps
+from ncn.fitting import fit_to_data
 from ncn.runs import FREE_SETTINGS, describe_environment, flat, read_json, write_json
-from ncn.train import fit_to_data
 
 if TYPE_CHECKING:
     from ncn.experiments.report import Report

@@ -9,12 +9,13 @@ from typing import Any
 from ncn.config import Recipe
 from ncn.data import TokenDataset
 from ncn.experiments.arms import widened_baseline
+from ncn.fitting import fit_to_data
 from ncn.generate import generate
 from ncn.prepare import prepare
 from ncn.runs import RunFolder, write_json
 from ncn.scanner import scan
 from ncn.store import load
-from ncn.train import fit_to_data, train
+from ncn.train import train
 
 PROMPT = "Once upon a time, there was a tiny dragon who loved to"
 SCANNED = "Timmy wanted an apple. He looked in the box, but it was empty."

@@ -27,10 +27,10 @@ from ncn.data import TokenDataset
 from ncn.encoding import usable_cores
 from ncn.errors import UserError
 from ncn.experiments.worker import run_job
+from ncn.fitting import fit_to_data, identify
 from ncn.progress import TokensProgress
 from ncn.runs import RunFolder
 from ncn.stopping import Interrupted, graceful_stop
-from ncn.train import fit_to_data
 
 Launcher = Literal["local", "ray"]
 
@@ -40,12 +40,14 @@ _STOP_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Job:
-    """One run: train `recipe` on the dataset folder `data`, validate on `valid`, and leave the run folder `out`."""
+    """One run: train `recipe` on the dataset folder `data`, validate on `valid`, and leave the run folder `out`; it
+    begins at the weights of the model in `start`, if there is one."""
 
     recipe: Recipe
     data: Path
     valid: Path
     out: Path
+    start: Path | None = None
 
     @property
     def tokens(self) -> int:
@@ -63,13 +65,13 @@ class Job:
         if not run.finished:
             return None
         data, valid = TokenDataset.open(self.data), TokenDataset.open(self.valid)
-        identity = {"data": data.fingerprint, "validation": valid.fingerprint}
-        run.check_unchanged(fit_to_data(self.recipe, data), identity)
+        run.check_unchanged(fit_to_data(self.recipe, data), identify(data, valid, self.start))
         return run.summary()
 
     def as_message(self) -> dict[str, Any]:
         paths = {name: str(getattr(self, name).absolute()) for name in ("data", "valid", "out")}
-        return {"recipe": self.recipe.model_dump(mode="json"), **paths}
+        start = str(self.start.absolute()) if self.start else None
+        return {"recipe": self.recipe.model_dump(mode="json"), "start": start, **paths}
 
 
 def launch(

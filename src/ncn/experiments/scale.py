@@ -33,8 +33,8 @@ from ncn.experiments.ladder import SIZES, Rung, build_ladder, short
 from ncn.experiments.launch import Job, Launcher, launch
 from ncn.experiments.splits import Splits, make_splits
 from ncn.experiments.timing import measure_steps
+from ncn.fitting import fit_to_data
 from ncn.runs import FREE_SETTINGS, describe_environment, flat, read_json, write_json
-from ncn.train import fit_to_data
 
 ARMS = (BASELINE, NCN)
 BUDGETS = (250_000, 500_000, 1_000_000)

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from ncn.data import MANIFEST, Manifest, Request, ShardRecord, SourceRecord, TokenDataset, token_dtype
+from ncn.data import MANIFEST, Manifest, Request, ShardRecord, SourceRecord, TaskRecord, TokenDataset, token_dtype
 from ncn.errors import UserError
 from ncn.files import write_atomically
+from ncn.fitting import check_same_tokenizer
 from ncn.prepare import SHARD_TOKENS, prepare
-from ncn.train import check_same_tokenizer
 
 TUNING_SHARE = 0.05
 TUNING_TOKENS = 2_048, 65_536
@@ -91,17 +93,36 @@ def hold_out(whole: TokenDataset, train: Path, tuning: Path) -> tuple[TokenDatas
     decode = whole.tokenizer().decode
     bounds = [*starts[first:].tolist(), whole.tokens]
     held = sum(len(decode(whole.read(a + 1, b - a - 1).tolist()).encode()) for a, b in itertools.pairwise(bounds))
-    _write_part(whole, train, (0, border), documents=first, text_bytes=whole.text_bytes - held)
-    _write_part(whole, tuning, (border, whole.tokens), documents=whole.documents - first, text_bytes=held)
+    tasks = whole.document_tasks(whole.tasks) if whole.tasks else np.zeros(0, np.int64)
+    for folder, place, chosen, size in (
+        (train, (0, border), slice(first), whole.text_bytes - held),
+        (tuning, (border, whole.tokens), slice(first, None), held),
+    ):
+        write_part(whole, folder, [place], tasks=tasks[chosen], documents=len(starts[chosen]), text_bytes=size)
     return TokenDataset.open(train), TokenDataset.open(tuning)
 
 
-def _write_part(whole: TokenDataset, folder: Path, place: tuple[int, int], *, documents: int, text_bytes: int) -> None:
-    """The stretch of `whole` from one position to another as a dataset folder, unless the folder has it already."""
-    (start, end), old = place, whole.manifest
-    origin = SourceRecord(name=f"tokens {start} to {end} of a dataset", bytes=old.text_bytes, version=old.hash)
+def write_part(
+    whole: TokenDataset,
+    folder: Path,
+    places: Sequence[tuple[int, int]],
+    *,
+    tasks: npt.NDArray[np.int64],
+    documents: int,
+    text_bytes: int,
+) -> None:
+    """Stretches of `whole`, one after the other, as a dataset folder, unless the folder has them already.
+
+    Each of the `places` is a position at which a document begins, and the one after the last. `tasks` are places in
+    `whole.tasks`, one for each document; empty where there are none.
+    """
+    old = whole.manifest
+    origins = tuple(
+        SourceRecord(name=f"tokens {start} to {end} of a dataset", bytes=old.text_bytes, version=old.hash)
+        for start, end in places
+    )
     request = Request(
-        sources=(origin,),
+        sources=origins,
         tokenizer_sha256=old.tokenizer_sha256,
         vocab_size=None,
         field="text",
@@ -119,15 +140,20 @@ def _write_part(whole: TokenDataset, folder: Path, place: tuple[int, int], *, do
     whole.tokenizer().save(folder)
     dtype, hashed = token_dtype(old.vocab_size), hashlib.sha256()
     shards: list[ShardRecord] = []
-    for position in range(start, end, SHARD_TOKENS):
-        content = whole.read(position, min(SHARD_TOKENS, end - position)).astype(dtype).tobytes()
+    pieces = [(p, min(SHARD_TOKENS, end - p)) for start, end in places for p in range(start, end, SHARD_TOKENS)]
+    content = b""
+    for (position, count), (_, following) in itertools.pairwise([*pieces, (0, SHARD_TOKENS)]):
+        content += whole.read(position, count).astype(dtype).tobytes()
+        if len(content) // dtype.itemsize + following <= SHARD_TOKENS:
+            continue
         hashed.update(content)
         name = f"shard-{len(shards):05d}.bin"
         write_atomically(folder / name, content)
-        tokens, own = len(content) // dtype.itemsize, hashlib.sha256(content).hexdigest()
-        shards.append(ShardRecord(name=name, tokens=tokens, sha256=own))
+        own = hashlib.sha256(content).hexdigest()
+        shards.append(ShardRecord(name=name, tokens=len(content) // dtype.itemsize, sha256=own))
+        content = b""
     manifest = Manifest(
-        tokens=end - start,
+        tokens=sum(end - start for start, end in places),
         documents=documents,
         text_bytes=text_bytes,
         dtype=old.dtype,
@@ -137,5 +163,8 @@ def _write_part(whole: TokenDataset, folder: Path, place: tuple[int, int], *, do
         hash=hashed.hexdigest(),
         shards=tuple(shards),
         request=request,
+        tasks=tuple(
+            TaskRecord(name=whole.tasks[task], documents=len(list(same))) for task, same in itertools.groupby(tasks)
+        ),
     )
     write_atomically(folder / MANIFEST, manifest.to_json())

@@ -27,8 +27,8 @@ from ncn.train import Diverged, train
 def run_job(job: Mapping[str, Any], say: Callable[[str], None] | None = None) -> list[str]:
     """Do one run, or the rest of it, and return its warnings, which also go to `say` as they come.
 
-    `job` has the keys recipe (as JSON), data, valid and out. A run whose loss is no longer a number ends with a
-    summary that says so.
+    `job` has the keys recipe (as JSON), data, valid, start (may be None) and out. A run whose loss is no longer a
+    number ends with a summary that says so.
     """
     warnings: list[str] = []
 
@@ -39,7 +39,7 @@ def run_job(job: Mapping[str, Any], say: Callable[[str], None] | None = None) ->
 
     recipe, out = Recipe.parse(job["recipe"]), Path(job["out"])
     try:
-        train(recipe, job["data"], out, valid=job["valid"], resume=True, progress=False, say=warn)
+        train(recipe, job["data"], out, valid=job["valid"], start=job["start"], resume=True, progress=False, say=warn)
     except Diverged as problem:
         warn(str(problem))
         lines = RunFolder.open(out).metrics()

@@ -1,0 +1,200 @@
+"""`ncn domains`: two domains in one model, with and without a controller, and with task ids.
+
+    OUT/experiment.json                  the plan: data, seeds, and for each arm its recipe, parameters, FLOPs and time
+    OUT/data/                            the texts; see `ncn.experiments.domain_data`
+    OUT/tuning/ARM/rate-0.5/ ...         runs on both domains with which learning rates are chosen
+    OUT/tuning.json                      their losses
+    OUT/runs/ARM/seed-1/ ...             runs on both domains, for the losses and the signals
+    OUT/first/ARM/seed-1/ ...            runs on the first domain,
+    OUT/second/ARM/seed-1/ ...           and on the second, from the weights of those, for what is forgotten
+    OUT/measures/ARM/seed-1.json ...     what was measured on the models of OUT/runs
+    OUT/domains.json, .md, .html, .png   what follows from it
+
+Everything is decided by the plan and by what the runs leave behind: stopped at any moment and called again, it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ncn.config import ControllerConfig, Recipe
+from ncn.data import TokenDataset
+from ncn.document_inputs import DocumentInputs
+from ncn.errors import UserError
+from ncn.evaluate import document_losses
+from ncn.experiments.ab import Plan, begin, check_batches, compare, describe, sweep
+from ncn.experiments.arms import BASELINE, NCN, Arm, build_arms
+from ncn.experiments.domain_data import DomainData, make_domain_data
+from ncn.experiments.domain_signals import measure_domains
+from ncn.experiments.forgetting import Curve
+from ncn.experiments.launch import Job, launch
+from ncn.fitting import fit_to_data
+from ncn.runs import RunFolder, read_json, write_json
+from ncn.store import load
+
+STATIC, WITH_TASKS = "static", "ncn-tasks"
+ARMS = (BASELINE, STATIC, NCN, WITH_TASKS)
+POINTS = 10
+"""Measurements along the training on the second domain."""
+MEASURED_TOKENS = 32_768
+"""Of each domain, to tune on and to measure on."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is to be run, and where: a comparison on both domains, and for each of its runs one on the first domain and
+    one that goes on with the second."""
+
+    plan: Plan
+    data: DomainData
+    second_tokens: int
+
+    def first_job(self, arm: Arm, seed: int, rate: float) -> Job:
+        out = self.plan.out / "first" / arm.name / f"seed-{seed}"
+        return Job(arm.at(seed, rate), self.data.first.folder, self.data.splits.validation.folder, out)
+
+    def second_job(self, arm: Arm, seed: int, rate: float) -> Job:
+        train, model = self.plan.train, arm.recipe.model
+        steps = math.ceil(self.second_tokens / (train.batch_size * (train.context or model.context_length)))
+        recipe = arm.at(seed, rate, tokens=self.second_tokens, eval_every=max(1, steps // POINTS))
+        first, out = (self.plan.out / name / arm.name / f"seed-{seed}" for name in ("first", "second"))
+        return Job(recipe, self.data.second.folder, self.data.splits.validation.folder, out, start=first)
+
+
+def run_domains(
+    out: str | Path,
+    *,
+    data: str | Path,
+    valid: str | Path,
+    preset: str | Path = "mini",
+    settings: Iterable[str] = (),
+    seeds: int = 3,
+    second_tokens: int | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Run the study, or the rest of it, in the folder `out`, and write its report; returns the report's files.
+
+    Args:
+        data, valid: dataset folders whose documents belong to the same two tasks, to train and to measure on. The task
+            that comes first in `data` is the first domain.
+        preset, settings: the recipe of the modulated model, as for `Recipe.read`; `train.tokens` is the length of a
+            run, on both domains or on the first.
+        seeds: seeds 1 to this number are run with every arm.
+        second_tokens: length of the training on the second domain after the first; by default half of a run, which is
+            also the length of the runs that choose learning rates.
+        workers, progress: as for `launch`.
+        say: is given every line of text.
+
+    Raises:
+        UserError: something that the user can mend, another plan in the folder included.
+        Interrupted: after Ctrl-C, when everything is saved.
+    """
+    from ncn.experiments.domains_report import write_report
+
+    study = make_study(Path(out), data, valid, preset, settings, seeds, second_tokens)
+    plan = study.plan
+    options: dict[str, Any] = {"workers": workers, "progress": progress, "say": say}
+    facts = begin(plan, workers)
+    say(describe(plan, facts))
+    tuning = sweep(plan, say, options)
+    best = {name: float(found["best"]) for name, found in tuning.items()}
+    keys = [(name, seed) for seed in plan.seeds for name in plan.arms]
+    say(f"{len(plan.arms)} arms with {len(plan.seeds)} seeds on both domains, {plan.train.tokens:,} tokens a run")
+    _check(compare(plan, best, say, options))
+    say(f"the same on {study.data.names[0]} alone, then {study.second_tokens:,} tokens of {study.data.names[1]}")
+    for make in (study.first_job, study.second_job):
+        summaries = launch([make(plan.arms[name], seed, best[name]) for name, seed in keys], **options)
+        _check(dict(zip(keys, summaries, strict=True)))
+    for name, seed in keys:
+        measure(study, name, seed)
+    return write_report(study)
+
+
+def make_study(
+    out: Path,
+    data: str | Path,
+    valid: str | Path,
+    preset: str | Path,
+    settings: Iterable[str],
+    seeds: int,
+    second_tokens: int | None,
+) -> Study:
+    """Everything that can be wrong is found out here."""
+    if seeds < 2:
+        raise UserError(f"seeds must be at least 2, not {seeds}: the intervals are over seeds")
+    recipe = Recipe.read(preset, settings)
+    half = math.ceil(recipe.train.tokens / 2)
+    if second_tokens is not None and second_tokens < 1:
+        raise UserError(f"second-tokens must be at least 1, not {second_tokens}")
+    made = make_domain_data(out / "data", data, valid, measured_tokens=MEASURED_TOKENS)
+    recipe = fit_to_data(recipe, made.splits.train)
+    # the end is validated on everything, and nothing before it
+    recipe = recipe.model_copy(update={"train": recipe.train.override(eval_every=recipe.train.tokens)})
+    variants = {WITH_TASKS: [f"controller.tasks={json.dumps(made.names)}"]}
+    arms = build_arms(recipe, ARMS[:-1], variants)
+    plan = Plan(out, str(preset), arms, tuple(range(1, seeds + 1)), half, made.splits)
+    return Study(plan, made, second_tokens or half)
+
+
+def _check(summaries: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
+    for (name, seed), summary in summaries.items():
+        if summary.get("diverged"):
+            raise UserError(f"the arm {name} diverged with seed {seed}: lower learning_rate, and choose another --out")
+    check_batches(summaries)
+
+
+def measure(study: Study, arm: str, seed: int) -> dict[str, Any]:
+    """What is measured on a model trained on both domains, left in measures/; done once.
+
+    {"signals": as `measure_domains` gives it, for an arm with a controller; "unset", "wrong": bits per byte by domain
+    without the tasks, and with the other domain's, for the arm with tasks}.
+    """
+    path = study.plan.out / "measures" / arm / f"seed-{seed}.json"
+    if path.is_file():
+        return read_json(path)
+    model, _ = load(study.plan.out / "runs" / arm / f"seed-{seed}")
+    splits = study.data.splits
+    found: dict[str, Any] = {}
+    controller = model.config.controller
+    if controller is not None and controller.kind == "ncn":
+        found["signals"] = measure_domains(model, splits.tuning, splits.validation, study.data.names)
+        if controller.tasks:
+            for kind, given in (("unset", None), ("wrong", swapped(splits.validation, controller))):
+                losses = document_losses(model, splits.validation, given=given).by_task(splits.validation)
+                found[kind] = {name: part.bits_per_byte for name, part in losses.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, found)
+    return found
+
+
+def swapped(data: TokenDataset, controller: ControllerConfig) -> DocumentInputs:
+    """The tasks of the data's documents, each replaced by the other of the two."""
+    given = DocumentInputs(data, controller)
+    assert given.tasks is not None
+    given.tasks = 1 - given.tasks
+    return given
+
+
+def losses_of(study: Study, part: str, arm: str, seed: int) -> Mapping[str, float]:
+    """Bits per byte by domain at the end of a run in runs/ or first/."""
+    return by_task(RunFolder.open(study.plan.out / part / arm / f"seed-{seed}").summary())
+
+
+def by_task(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Bits per byte by domain in a run's summary, or in a line of its metrics."""
+    return {name: part["validation_bits_per_byte"] for name, part in facts["validation_tasks"].items()}
+
+
+def curve_of(study: Study, arm: str, seed: int) -> Curve:
+    """Bits per byte of both domains along the training on the second one."""
+    names = study.data.names
+    lines = RunFolder.open(study.plan.out / "second" / arm / f"seed-{seed}").metrics()
+    points = [losses_of(study, "first", arm, seed), *(by_task(line) for line in lines if "validation_tasks" in line)]
+    return Curve([point[names[0]] for point in points], [point[names[1]] for point in points])
