@@ -112,6 +112,8 @@ def test_shapes_of_the_signals(variant: NCNConfig) -> None:
         sites["precision"] = (variant.num_heads,)
     if controller and controller.gain_per == "sublayer":
         sites["gain"] = (2,)
+    if controller:
+        sites["norm_film"] = (2 * controller.film_groups,)
     expected = {name: (2, 9, layers, *sites[name]) for name in (controller.signals if controller else ())}
     assert {name: tuple(signal.shape) for name, signal in out.signals.items()} == expected
     assert list(out.signals) == list(expected)

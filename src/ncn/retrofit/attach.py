@@ -80,6 +80,8 @@ def attach(
         raise UserError(f"attach needs a transformers model, not {type(base).__name__}")
     if config is not None and config.sliders:
         raise UserError("a controller on a base cannot have sliders yet; leave out controller.sliders")
+    if config is not None and "norm_film" in config.signals:
+        raise UserError("norm_film has no site on a base; leave it out of controller.signals")
     return AttachedController(base, config or ControllerConfig(), family or family_of(base), freeze_base)
 
 
