@@ -35,7 +35,7 @@ def with_sliders(**controller: Any) -> ModulatedTransformer:
 
 
 def entering(enter: str, **settings: Any) -> ModulatedTransformer:
-    """A model whose sliders enter the controller, or beside learned constants as a prefix token or in all embeddings."""
+    """A model whose sliders enter the controller, or, beside learned constants, as a prefix token or everywhere."""
     kind = "ncn" if enter == "controller" else "static"
     sliders = {"sliders": ["calm", "long"], "sliders_enter": enter, "kind": kind}
     return awake(config(SMALL_CONTROLLER | sliders, **settings))
@@ -183,7 +183,7 @@ def test_a_slider_embedding_leaves_the_other_weights_as_they_were_and_learns() -
     assert all(torch.equal(more[name], plain[name]) for name in plain)
     model(text(9), control=ControlInputs(torch.full((1, 1, 1), 0.9))).logits.square().sum().backward()
     assert (model.slider_embedding.weight.grad != 0).all()
-    with pytest.raises(ncn.UserError, match="sliders may enter beside them, with controller.sliders_enter=prefix"):
+    with pytest.raises(ncn.UserError, match=r"sliders may enter beside them, with controller\.sliders_enter=prefix"):
         config({"kind": "static", "sliders": ["calm"]})
 
 

@@ -53,7 +53,7 @@ class ExternalInputs(nn.Module):
         self.instruction = nn.Linear(config.d_model, width, bias=False) if controller.instructions else None
 
     def reset_parameters(self) -> None:
-        """Beside a context of about unit size, half of its size each; nothing on the straight way, for a neutral start."""
+        """Beside a context of about unit size, half of its size each; on the straight way nothing: a neutral start."""
         for module in (self.sliders, self.instruction):
             if module is not None:
                 nn.init.normal_(module.weight, std=0.5 * module.in_features**-0.5)
@@ -80,7 +80,6 @@ class ExternalInputs(nn.Module):
             total = total + term
         return total
 
-
     def straight_to_signals(self, given: ControlInputs) -> Float[Tensor, "#batch #tokens outputs"] | None:
         """What the sliders add to the raw signals without a look at the text; None where none are given."""
         if self.straight is None or given.sliders is None:
@@ -90,8 +89,8 @@ class ExternalInputs(nn.Module):
 
 
 class SliderEmbedding(nn.Module):
-    """What the controller's sliders are compared with: a linear map of the sliders to the width of the embeddings, added
-    to those of all tokens, or, as a prefix token, to that of the token that begins a document, which the attention of
+    """What sliders in the controller are compared with: a linear map of them to the width of the embeddings, added to
+    those of all tokens, or, as a prefix token, to that of the token that begins a document, which the attention of
     all the others sees."""
 
     def __init__(self, d_model: int, count: int, prefix: bool) -> None:

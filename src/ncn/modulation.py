@@ -73,7 +73,7 @@ def scale_groups(x: Float[Tensor, "*rows width"], factor: Tensor | None) -> Floa
     """x with each of its groups of neighbouring channels scaled; `factor` is (*rows, groups, 1), and None is 1."""
     if factor is None:
         return x
-    return scale(x.unflatten(-1, (factor.shape[-2], -1)), factor).flatten(-2)
+    return scale(torch.unflatten(x, -1, (factor.shape[-2], -1)), factor).flatten(-2)
 
 
 def add_scaled(

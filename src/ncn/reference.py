@@ -238,7 +238,7 @@ def _controller(config: NCNConfig, own: Weights, hidden: Vectors, t: int, given:
 
 
 def _slider_embedding(config: NCNConfig, weights: Weights, begins: bool, given: ControlInputs) -> Tensor:
-    """What sliders add to an embedding where they enter beside the controller: to all of them, or to a document's first."""
+    """What sliders add to an embedding where they do not enter the controller: to every one, or a document's first."""
     enter = config.controller.sliders_enter if config.controller else "controller"
     if given.sliders is None or enter == "controller" or (enter == "prefix" and not begins):
         return torch.zeros(config.d_model, dtype=torch.float64)
