@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from ncn.plot.style import FAINT, INK, LINES, RULE, write
 
@@ -67,17 +66,16 @@ def _sliders(results: Mapping[str, Any]) -> list[str]:
     return list(next(iter(results["models"].values()))["sliders"])
 
 
-def _panels(rows: int, columns: int, height: float) -> tuple[Figure, NDArray[np.object_]]:
+def _panels(rows: int, columns: int, height: float) -> tuple[Figure, list[list[Axes]]]:
     figure = Figure(
         figsize=(2.6 * columns + 2.2, height * rows + 0.6), dpi=160, facecolor="white", layout="constrained"
     )
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False)
+    return figure, figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False).tolist()
 
 
-def _finish(figure: Figure, panels: NDArray[np.object_], sliders: list[str]) -> None:
-    every: list[Axes] = list(panels.flat)
-    for axes in every:
+def _finish(figure: Figure, panels: list[list[Axes]], sliders: list[str]) -> None:
+    for axes in itertools.chain.from_iterable(panels):
         axes.set_xlim(0, 1)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
