@@ -63,7 +63,8 @@ def test_a_model_without_sliders_has_the_parameters_that_it_had() -> None:
     plain = ModulatedTransformer(config()).state_dict()
     torch.manual_seed(0)
     more = ModulatedTransformer(config(SMALL_CONTROLLER | {"sliders": ["calm"]})).state_dict()
-    assert set(more) - set(plain) == {"controller.networks.0.external.sliders.weight"}
+    added = {f"controller.networks.0.external.{name}.weight" for name in ("sliders", "straight")}
+    assert set(more) - set(plain) == added
 
 
 def test_tasks_and_instructions_act_where_they_are_given_and_nowhere_else() -> None:
@@ -101,8 +102,9 @@ def test_before_training_they_change_nothing_and_get_a_gradient_later() -> None:
     assert torch.equal(model(text(12)).logits, model(text(12), control=ControlInputs(given)).logits)
     model = with_sliders()
     model(text(12), control=ControlInputs(values((0.9, 0.1), (0.2, NAN)))).logits.square().sum().backward()
-    weight = model.controller.networks["0"].external.sliders.weight
-    assert (weight.grad.abs().sum(0) > 0).all()
+    external = model.controller.networks["0"].external
+    for weight in (external.sliders.weight, external.straight.weight):
+        assert (weight.grad.abs().sum(0) > 0).all()
 
 
 def test_a_slider_acts_on_its_row_and_from_its_token_on() -> None:
