@@ -82,6 +82,8 @@ def attach(
         raise UserError("a controller on a base cannot have sliders yet; leave out controller.sliders")
     if config is not None and "norm_film" in config.signals:
         raise UserError("norm_film has no site on a base; leave it out of controller.signals")
+    if config is not None and config.sliders_enter != "controller":
+        raise UserError("on a base sliders can only enter the controller; leave out controller.sliders_enter")
     return AttachedController(base, config or ControllerConfig(), family or family_of(base), freeze_base)
 
 
