@@ -85,6 +85,15 @@ def test_muon_takes_the_matrices_of_the_layers_and_nothing_else() -> None:
         assert peak == (0.04 if matrix else 0.006 if name.startswith("controller.") else 0.003)
 
 
+def test_inputs_from_outside_learn_at_the_rate_of_embeddings_also_where_the_controller_is_slower() -> None:
+    config = recipe(learning_rate=0.003, controller_learning_rate=0.5).train
+    for name, (_, _, peak) in facts(model(controller={"sliders": ["calm"], "tasks": ["tell"]}), config).items():
+        slow = name.startswith("controller.") and ".external." not in name
+        assert peak == (0.0015 if slow else 0.003), name
+    beside = facts(model(controller={"kind": "static", "sliders": ["calm"], "sliders_enter": "prefix"}), config)
+    assert beside["slider_embedding.weight"] == ("AdamW", 0.0, 0.003)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_the_schedule_at_its_key_points(schedule: str) -> None:
     config = recipe(schedule=schedule, warmup=0.1, final_learning_rate=0.2).train

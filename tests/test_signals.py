@@ -93,6 +93,7 @@ def test_a_signal_that_was_never_published_keeps_its_smooth_map() -> None:
         ("precision", {"precision_per": "layer"}, ()),
         ("ffn_gate", {}, ()),
         ("head_gate", {"precision_per": "layer"}, (3,)),
+        ("norm_film", {"film_groups": 2}, (4,)),
     ],
 )
 def test_shapes(name: str, settings: dict[str, str], shape: tuple[int, ...]) -> None:

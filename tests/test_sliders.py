@@ -36,13 +36,25 @@ def with_sliders(**controller: Any) -> ModulatedTransformer:
     return awake(config(SMALL_CONTROLLER | {"sliders": ["calm", "long"]} | controller))
 
 
+def entering(enter: str, **settings: Any) -> ModulatedTransformer:
+    """A model whose sliders enter the controller, or, beside learned constants, as a prefix token or everywhere."""
+    kind = "ncn" if enter == "controller" else "static"
+    sliders = {"sliders": ["calm", "long"], "sliders_enter": enter, "kind": kind}
+    return awake(config(SMALL_CONTROLLER | sliders, **settings))
+
+
+ENTRIES = pytest.mark.parametrize("enter", ["controller", "prefix", "embedding"])
+APART = pytest.mark.parametrize("cross_documents", [True, False], ids=["documents together", "documents apart"])
+
+
 def values(*rows: tuple[float, float]) -> torch.Tensor:
     """(batch, 1, sliders)"""
     return torch.tensor(rows, dtype=torch.float64)[:, None]
 
 
-def test_unset_they_do_nothing_at_all() -> None:
-    model = with_sliders()
+@ENTRIES
+def test_unset_they_do_nothing_at_all(enter: str) -> None:
+    model = entering(enter)
     plain = model(text(12)).logits
     assert torch.equal(model(text(12), control=ControlInputs(values((NAN, NAN), (NAN, NAN)))).logits, plain)
     assert not torch.allclose(model(text(12), control=ControlInputs(values((0.5, NAN), (0.5, NAN)))).logits, plain)
@@ -53,7 +65,8 @@ def test_a_model_without_sliders_has_the_parameters_that_it_had() -> None:
     plain = ModulatedTransformer(config()).state_dict()
     torch.manual_seed(0)
     more = ModulatedTransformer(config(SMALL_CONTROLLER | {"sliders": ["calm"]})).state_dict()
-    assert set(more) - set(plain) == {"controller.networks.0.external.sliders.weight"}
+    added = {f"controller.networks.0.external.{name}.weight" for name in ("sliders", "straight")}
+    assert set(more) - set(plain) == added
 
 
 def test_tasks_and_instructions_act_where_they_are_given_and_nowhere_else() -> None:
@@ -91,8 +104,9 @@ def test_before_training_they_change_nothing_and_get_a_gradient_later() -> None:
     assert torch.equal(model(text(12)).logits, model(text(12), control=ControlInputs(given)).logits)
     model = with_sliders()
     model(text(12), control=ControlInputs(values((0.9, 0.1), (0.2, NAN)))).logits.square().sum().backward()
-    weight = model.controller.networks["0"].external.sliders.weight
-    assert (weight.grad.abs().sum(0) > 0).all()
+    external = model.controller.networks["0"].external
+    for weight in (external.sliders.weight, external.straight.weight):
+        assert (weight.grad.abs().sum(0) > 0).all()
 
 
 def test_a_slider_acts_on_its_row_and_from_its_token_on() -> None:
@@ -106,8 +120,10 @@ def test_a_slider_acts_on_its_row_and_from_its_token_on() -> None:
     assert (moved[1, 7:] != plain[1, 7:]).any(-1).all()
 
 
-def test_the_equations_say_the_same() -> None:
-    model, ids = with_sliders(taps=[0, 1]), text(9)
+@ENTRIES
+@APART
+def test_the_equations_say_the_same(enter: str, cross_documents: bool) -> None:
+    model, ids = entering(enter, cross_documents=cross_documents), text(9)
     given = torch.rand(2, 9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     given[0, :, 1] = NAN
     said = model(ids, control=ControlInputs(given), output_signals=True)
@@ -117,8 +133,10 @@ def test_the_equations_say_the_same() -> None:
         assert torch.allclose(said.signals[name], signal, atol=1e-10)
 
 
-def test_decoding_with_a_moving_slider_is_the_whole_forward() -> None:
-    model, ids, cache = with_sliders(), text(12), Cache()
+@ENTRIES
+@APART
+def test_decoding_with_a_moving_slider_is_the_whole_forward(enter: str, cross_documents: bool) -> None:
+    model, ids, cache = entering(enter, cross_documents=cross_documents), text(12), Cache()
     given = torch.linspace(0, 1, 24, dtype=torch.float64).view(1, 12, 2).repeat(2, 1, 1)
     whole = model(ids, control=ControlInputs(given)).logits
     parts = [
@@ -126,6 +144,51 @@ def test_decoding_with_a_moving_slider_is_the_whole_forward() -> None:
         for a, b in [(0, 5), (5, 6), (6, 7), (7, 12)]
     ]
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-10)
+
+
+def test_a_prefix_token_is_the_first_of_each_document_and_acts_on_its_own_document() -> None:
+    model = entering("prefix", cross_documents=False)
+    ids = torch.tensor([[4, 5, 6, 0, 7, 8, 9, 0, 3]])
+    plain, given = model(ids).logits, torch.full((1, 9, 2), NAN, dtype=torch.float64)
+    for place in (1, 2, 4, 5, 6, 8):  # inside a document the sliders are not looked at
+        given[:, place] = 0.8
+    assert torch.equal(model(ids, control=ControlInputs(given)).logits, plain)
+    given[:, 3] = 0.8
+    moved = model(ids, control=ControlInputs(given)).logits != plain
+    assert moved.any(-1).tolist() == [[False] * 3 + [True] * 4 + [False] * 2]
+    given[:, 0] = 0.8  # a document that began before the window has its prefix at the window's first token
+    moved = model(ids, control=ControlInputs(given)).logits != plain
+    assert moved.any(-1).tolist() == [[True] * 7 + [False] * 2]
+
+
+@pytest.mark.parametrize("enter", ["prefix", "embedding"])
+def test_a_slider_embedding_stays_where_it_belongs_beside_padding_and_beams(enter: str) -> None:
+    model, ids = entering(enter, cross_documents=False), text(12)
+    given = ControlInputs(torch.rand(2, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
+    mask = torch.arange(12) >= torch.tensor([[0], [4]])
+    padded = model(ids, mask, control=given).logits
+    alone = model(ids[1:, 4:], control=ControlInputs(given.sliders[1:])).logits
+    assert torch.allclose(padded[1, 4:], alone[0], atol=1e-10)
+    cache = Cache()
+    model(ids[:, :5], cache=cache, control=given)
+    cache.reorder(torch.tensor([1, 1]))
+    both = ControlInputs(given.sliders[[1, 1]])
+    beams = model(ids[[1, 1], 5:], cache=cache, control=both).logits
+    assert torch.allclose(beams, model(ids[[1, 1]], control=both).logits[:, 5:], atol=1e-10)
+
+
+def test_a_slider_embedding_leaves_the_other_weights_as_they_were_and_learns() -> None:
+    torch.manual_seed(0)
+    plain = ModulatedTransformer(config({"kind": "static"})).state_dict()
+    torch.manual_seed(0)
+    model = ModulatedTransformer(config({"kind": "static", "sliders": ["calm"], "sliders_enter": "embedding"}))
+    more = model.state_dict()
+    assert set(more) - set(plain) == {"slider_embedding.weight"}
+    assert all(torch.equal(more[name], plain[name]) for name in plain)
+    model(text(9), control=ControlInputs(torch.full((1, 1, 1), 0.9))).logits.square().sum().backward()
+    assert (model.slider_embedding.weight.grad != 0).all()
+    with pytest.raises(ncn.UserError, match=r"sliders may enter beside them, with controller\.sliders_enter=prefix"):
+        config({"kind": "static", "sliders": ["calm"]})
 
 
 def test_generation_with_sliders_and_guidance() -> None:

@@ -23,6 +23,7 @@ MEANINGS = {
     "precision": "how sharply it attends (an inverse temperature)",
     "ffn_gate": "how much of its feed-forward block it uses",
     "head_gate": "how much of an attention head it uses",
+    "norm_film": "how strongly a sublayer sees a group of channels",
 }
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ncn.errors import UserError
 
-SignalName = Literal["gain", "precision", "ffn_gate", "head_gate"]
+SignalName = Literal["gain", "precision", "ffn_gate", "head_gate", "norm_film"]
 Config = TypeVar("Config", bound="_Config")
 
 
@@ -56,6 +56,9 @@ class ControllerConfig(_Config):
     gain_per: Literal["layer", "sublayer"] = Field(
         "layer", description="one gain for both sublayers of a layer, as published, or one for each"
     )
+    film_groups: int = Field(
+        8, ge=1, description="groups of channels that norm_film scales, in each of a layer's two norms"
+    )
     taps: tuple[int, ...] | Literal["every"] = Field(
         (0,),
         description="layers whose input a controller reads, or every; tap m serves layer m and those above, up to the "
@@ -73,7 +76,11 @@ class ControllerConfig(_Config):
     sliders: tuple[str, ...] = Field(
         (), description="inputs from outside, each from 0 to 1 or unset, such as the attributes of `ncn prepare`"
     )
-
+    sliders_enter: Literal["controller", "prefix", "embedding"] = Field(
+        "controller",
+        description="where sliders enter: the controller, or, to compare with, the embedding of the token that begins "
+        "a document (a prefix token), or the embeddings of all tokens",
+    )
     tasks: tuple[str, ...] = Field((), description="names of tasks, each an embedding of its own in the controller")
     instructions: bool = Field(False, description="whether the controller reads an instruction in words")
 
@@ -85,8 +92,11 @@ class ControllerConfig(_Config):
             names = getattr(self, field)
             if len(set(names)) != len(names):
                 raise ValueError(f"controller.{field} must name each of them once")
-        if self.kind != "ncn" and (self.sliders or self.tasks or self.instructions):
-            raise ValueError(f"inputs from outside need controller.kind=ncn; {self.kind} signals have none")
+        if self.kind != "ncn" and (self.sliders_read or self.tasks or self.instructions):
+            raise ValueError(
+                f"inputs from outside need controller.kind=ncn; {self.kind} signals have none, but sliders may enter "
+                "beside them, with controller.sliders_enter=prefix or embedding"
+            )
         if self.width % self.pooling_heads:
             raise ValueError(
                 f"controller.width ({self.width}) must be a multiple of pooling_heads ({self.pooling_heads})"
@@ -103,6 +113,11 @@ class ControllerConfig(_Config):
         if isinstance(taps, (str, int)) and taps != "every":
             raise ValueError(f"controller.taps is {taps!r}; it must be a list of layers, such as [0,2], or every")
         return taps
+
+    @property
+    def sliders_read(self) -> tuple[str, ...]:
+        """The sliders that enter the controller itself."""
+        return self.sliders if self.sliders_enter == "controller" else ()
 
     def taps_in(self, num_layers: int) -> tuple[int, ...]:
         """The tapped layers of a model with `num_layers` layers."""
@@ -146,6 +161,10 @@ class NCNConfig(_Config):
             raise ValueError(f"separator_id ({self.separator_id}) lies outside the vocabulary ({self.vocab_size})")
         if self.controller and max(taps := self.controller.taps_in(self.num_layers)) >= self.num_layers:
             raise ValueError(f"controller.taps {list(taps)} name a layer that a {self.num_layers}-layer model lacks")
+        if self.controller and "norm_film" in self.controller.signals and self.d_model % self.controller.film_groups:
+            raise ValueError(
+                f"d_model ({self.d_model}) must be a multiple of controller.film_groups ({self.controller.film_groups})"
+            )
         return self
 
     @property

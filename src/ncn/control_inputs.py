@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ncn.config import NCNConfig
 from ncn.errors import UserError
-from ncn.types import ControlInputs, Hidden
+from ncn.types import ControlInputs, Hidden, Sliders
 
 
 def check_inputs(given: ControlInputs, config: NCNConfig) -> None:
@@ -46,23 +46,27 @@ def mean_embedding(
 
 
 class ExternalInputs(nn.Module):
-    """κ: a linear map of every input, to the width of the controller's own."""
+    """κ: a linear map of every input, to the width of the controller's own; and of the sliders, straight to `outputs`
+    raw signals."""
 
-    def __init__(self, config: NCNConfig) -> None:
+    def __init__(self, config: NCNConfig, outputs: int) -> None:
         super().__init__()
         controller = config.controller
         assert controller is not None
-        count, width = len(controller.sliders), controller.width
+        count, width = len(controller.sliders_read), controller.width
         self.eps = config.norm_eps
         self.sliders = nn.Linear(2 * count, width, bias=False) if count else None
+        self.straight = nn.Linear(2 * count, outputs, bias=False) if count else None
         self.tasks = nn.Embedding(len(controller.tasks), width) if controller.tasks else None
         self.instruction = nn.Linear(config.d_model, width, bias=False) if controller.instructions else None
 
     def reset_parameters(self) -> None:
-        """Beside a context of about unit size, half of its size each."""
+        """Beside a context of about unit size, half of its size each; on the straight way nothing: a neutral start."""
         for module in (self.sliders, self.instruction):
             if module is not None:
                 nn.init.normal_(module.weight, std=0.5 * module.in_features**-0.5)
+        if self.straight is not None:
+            nn.init.zeros_(self.straight.weight)
         if self.tasks is not None:
             nn.init.normal_(self.tasks.weight, std=0.5)
 
@@ -70,7 +74,7 @@ class ExternalInputs(nn.Module):
         """The sum over the inputs that are given, in the precision of the weights; None where nothing is."""
         terms: list[Tensor] = []
         if self.sliders is not None and given.sliders is not None:
-            terms.append(self.sliders(_known(given.sliders.to(self.sliders.weight.dtype))))
+            terms.append(self.sliders(known_values(given.sliders.to(self.sliders.weight.dtype))))
         if self.tasks is not None and given.tasks is not None:
             terms.append(self.tasks(given.tasks.clamp(min=0)) * (given.tasks >= 0).unsqueeze(-1))
         if self.instruction is not None and given.instruction is not None:
@@ -84,8 +88,39 @@ class ExternalInputs(nn.Module):
             total = total + term
         return total
 
+    def straight_to_signals(self, given: ControlInputs) -> Float[Tensor, "#batch #tokens outputs"] | None:
+        """What the sliders add to the raw signals without a look at the text; None where none are given."""
+        if self.straight is None or given.sliders is None:
+            return None
+        added: Tensor = self.straight(known_values(given.sliders.to(self.straight.weight.dtype)))
+        return added
 
-def _known(sliders: Tensor) -> Tensor:
+
+class SliderEmbedding(nn.Module):
+    """What sliders in the controller are compared with: a linear map of them to the width of the embeddings, added to
+    those of all tokens, or, as a prefix token, to that of the token that begins a document, which the attention of
+    all the others sees."""
+
+    def __init__(self, d_model: int, count: int, prefix: bool) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.weight = nn.Parameter(torch.empty(d_model, 2 * count))  # the model initialises it with its embeddings
+
+    @classmethod
+    def of(cls, config: NCNConfig) -> SliderEmbedding | None:
+        """The one that the configuration asks for; None where sliders enter the controller, or there are none."""
+        controller = config.controller
+        if controller is None or not controller.sliders or controller.sliders_enter == "controller":
+            return None
+        return cls(config.d_model, len(controller.sliders), controller.sliders_enter == "prefix")
+
+    def forward(self, embeddings: Hidden, sliders: Sliders, begins: Bool[Tensor, "#batch tokens"]) -> Hidden:
+        """The embeddings with those of the sliders. `begins` is true where a document begins."""
+        added = nn.functional.linear(known_values(sliders.to(self.weight.dtype)), self.weight)
+        return embeddings + (added * begins.unsqueeze(-1) if self.prefix else added)
+
+
+def known_values(sliders: Tensor) -> Tensor:
     """Each slider as two numbers: its value around 0 and whether it is set, both 0 where it is not."""
     known = ~sliders.isnan()
     return torch.cat([torch.where(known, 2 * sliders - 1, 0), known.to(sliders.dtype)], -1)

@@ -108,11 +108,12 @@ class ControllerNetwork(nn.Module):
         self.read = Linear(config.d_model, self.pools + self.width * (2 if self.has_phasic else 1), bias=False)
         self.log_decay = nn.Parameter(torch.empty(self.pools))
         self.phasic_filter = nn.Parameter(torch.empty(self.kernel, self.width)) if self.has_phasic else None
-        outside = controller.sliders or controller.tasks or controller.instructions
-        self.external = ExternalInputs(config) if outside else None
+        outputs = served * sum(self.layout.sizes)
+        outside = controller.sliders_read or controller.tasks or controller.instructions
+        self.external = ExternalInputs(config, outputs) if outside else None
         self.input_norm = RMSNorm(self.width, eps=config.norm_eps)
         self.expand = nn.Linear(self.width, controller.hidden)
-        self.output = nn.Linear(controller.hidden, served * sum(self.layout.sizes))
+        self.output = nn.Linear(controller.hidden, outputs)
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.input_norm.weight)
@@ -169,6 +170,9 @@ class ControllerNetwork(nn.Module):
             cache.write(self.name, torch.cat([state.log_weight, state.mean.flatten(2), phasic], -1))
         # equation (2)
         raw: Tensor = self.output(torch.tanh(self.expand(self.input_norm(context.to(stored)))))
+        if self.external is not None and control is not None:
+            straight = self.external.straight_to_signals(control)
+            raw = raw if straight is None else raw + straight
         return torch.unflatten(raw, -1, (self.served, -1))
 
     def _past(self, held: Tensor | None, cache: Cache | None) -> SalienceState | None:

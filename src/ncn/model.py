@@ -21,12 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ncn.cache import Cache
 from ncn.config import NCNConfig
-from ncn.control_inputs import check_inputs, mean_embedding
+from ncn.control_inputs import SliderEmbedding, check_inputs, mean_embedding
 from ncn.controller import SignalSource, signal_source
 from ncn.errors import UserError
 from ncn.linear import Linear, linear
 from ncn.loss import capped, chunked_cross_entropy, token_losses
-from ncn.modulation import UNMODULATED, Factors, add_scaled, layer_factors, scale
+from ncn.modulation import UNMODULATED, Factors, add_scaled, layer_factors, scale, scale_groups
 from ncn.norm import RMSNorm
 from ncn.segments import attention_mask_of, find_segments, positions_in_segment
 from ncn.signals import SignalLayout, homeostatic_loss
@@ -63,6 +63,7 @@ class ModulatedTransformer(nn.Module):
             self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
             self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
             self.controller: SignalSource | None = signal_source(config)
+            self.slider_embedding = SliderEmbedding.of(config)
         self.checkpointing = False
         """Whether the backward pass recomputes each layer instead of keeping what it computed: slower, far smaller."""
         self.layout = SignalLayout.of(config) if config.controller else None
@@ -202,6 +203,9 @@ class ModulatedTransformer(nn.Module):
         segments = find_segments(config, embeddings, input_ids, attention_mask, cache)
         positions = positions_in_segment(segments, cache, start, tokens, embeddings.device)
         mask = attention_mask_of(segments, cache, start, tokens, embeddings.device)
+        if self.slider_embedding is not None and control is not None and control.sliders is not None:
+            begins = positions == 0 if input_ids is None else (positions == 0) | (input_ids == config.separator_id)
+            embeddings = self.slider_embedding(embeddings, control.sliders, begins)
         x = embeddings
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
@@ -252,9 +256,10 @@ class Layer(nn.Module):
         mask: AttentionMask | None,
         cache: Cache | None,
     ) -> Hidden:
-        attended = self.attention(self.attention_norm(x), factors.query, factors.head, rotation, mask, cache)
+        normed = scale_groups(self.attention_norm(x), factors.attention_norm)
+        attended = self.attention(normed, factors.query, factors.head, rotation, mask, cache)
         x = add_scaled(x, attended, factors.attention)
-        return add_scaled(x, self.ffn(self.ffn_norm(x)), factors.ffn)
+        return add_scaled(x, self.ffn(scale_groups(self.ffn_norm(x), factors.ffn_norm)), factors.ffn)
 
 
 class Attention(nn.Module):

@@ -27,6 +27,10 @@ class Factors(NamedTuple):
     """g, on the attention's output where the heads' outputs do not carry it."""
     ffn: Float[Tensor, "batch tokens _"] | None
     """g · γ, on the feed-forward output."""
+    attention_norm: Float[Tensor, "batch tokens groups _"] | None = None
+    """ν, on the groups of channels of the attention's normalised input."""
+    ffn_norm: Float[Tensor, "batch tokens groups _"] | None = None
+    """ν, on those of the feed-forward block's."""
 
 
 UNMODULATED = Factors(None, None, None, None)
@@ -39,7 +43,7 @@ def layer_factors(signals: Mapping[str, Signal], *, gain_on_heads: bool = True) 
     if nothing but a linear projection without a bias lies between.
     """
     gain, precision = signals.get("gain"), signals.get("precision")
-    head, ffn = signals.get("head_gate"), signals.get("ffn_gate")
+    head, ffn, film = signals.get("head_gate"), signals.get("ffn_gate"), signals.get("norm_film")
     attention, ffn_gain = (gain, gain) if gain is None or gain.ndim == 3 else gain.unbind(-1)
     if gain_on_heads and head is not None and attention is not None:
         # the output projection is linear, g · W(η o) = W(g η o), which saves a pass over memory
@@ -48,10 +52,11 @@ def layer_factors(signals: Mapping[str, Signal], *, gain_on_heads: bool = True) 
         ffn = ffn_gain if ffn is None else ffn_gain * ffn
     if precision is not None and precision.ndim == 3:
         precision = precision.unsqueeze(-1)
+    norms = (None, None) if film is None else film.chunk(2, -1)
     layers = next(iter(signals.values())).shape[2]
     columns = (
         [None] * layers if factor is None else factor.unsqueeze(-1).unbind(2)
-        for factor in (precision, head, attention, ffn)
+        for factor in (precision, head, attention, ffn, *norms)
     )
     return [Factors(*row) for row in zip(*columns, strict=True)]
 
@@ -62,6 +67,13 @@ def scale(x: Float[Tensor, "*rows width"], factor: Float[Tensor, "*#rows #width"
         return _scaled(x, factor)
     result: Tensor = _Scale.apply(x, factor)  # type: ignore[no-untyped-call]
     return result
+
+
+def scale_groups(x: Float[Tensor, "*rows width"], factor: Tensor | None) -> Float[Tensor, "*rows width"]:
+    """x with each of its groups of neighbouring channels scaled; `factor` is (*rows, groups, 1), and None is 1."""
+    if factor is None:
+        return x
+    return scale(torch.unflatten(x, -1, (factor.shape[-2], -1)), factor).flatten(-2)
 
 
 def add_scaled(

@@ -27,7 +27,8 @@ def build_optimizers(model: ModulatedTransformer, config: TrainConfig) -> list[O
         if config.optimizer == "muon" and name.startswith("layers.") and id(parameter) in decayed:
             matrices.append(parameter)
         else:
-            key = (id(parameter) in decayed, name.startswith("controller."))
+            # what sliders add goes into the controller, and is learnt at the pace of the embeddings that words have
+            key = (id(parameter) in decayed, name.startswith("controller.") and ".external." not in name)
             groups.setdefault(key, []).append(parameter)
     adamw = torch.optim.AdamW(
         [

@@ -84,7 +84,11 @@ def _document(
     config: NCNConfig, weights: Weights, ids: list[int], given: list[ControlInputs]
 ) -> tuple[Vectors, list[list[dict[str, Tensor]]]]:
     """Final hidden states, and the signals by layer and token."""
-    embeddings = [weights["embedding.weight"][token] for token in ids]
+    embeddings = [
+        weights["embedding.weight"][token]
+        + _slider_embedding(config, weights, t == 0 or token == config.separator_id, at)
+        for t, (token, at) in enumerate(zip(ids, given, strict=True))
+    ]
     x = list(embeddings)
     if config.positions == "learned":
         x = [e + weights["position_embedding.weight"][t] for t, e in enumerate(embeddings)]
@@ -103,16 +107,26 @@ def _layer(config: NCNConfig, weights: Weights, layer: int, x: Vectors, signals:
     """Equation (5)."""
     own = {name.removeprefix(f"layers.{layer}."): weight for name, weight in weights.items()}
     one = torch.ones((), dtype=torch.float64)
-    attended = _attention(config, own, [_rms_norm(h, config) * own["attention_norm.weight"] for h in x], signals)
+    normed = [_filmed(_rms_norm(h, config) * own["attention_norm.weight"], signals[t], 0) for t, h in enumerate(x)]
+    attended = _attention(config, own, normed, signals)
     result = []
     for t, h in enumerate(x):
         gain = signals[t].get("gain", one)
         attention_gain, ffn_gain = (gain, gain) if gain.ndim == 0 else (gain[0], gain[1])
         middle = h + attention_gain * attended[t]  # x' = x + g · Attn(Norm x; β)
         gate = signals[t].get("ffn_gate", one)
-        written = _feed_forward(config, own, _rms_norm(middle, config) * own["ffn_norm.weight"])
+        normed_middle = _filmed(_rms_norm(middle, config) * own["ffn_norm.weight"], signals[t], 1)
+        written = _feed_forward(config, own, normed_middle)
         result.append(middle + ffn_gain * gate * written)  # x'' = x' + g · γ · FFN(Norm x')
     return result
+
+
+def _filmed(x: Tensor, signals: dict[str, Tensor], norm: int) -> Tensor:
+    """Each group of channels scaled by its own number of the layer's norm, (4)."""
+    if "norm_film" not in signals:
+        return x
+    scales = signals["norm_film"].chunk(2)[norm]
+    return torch.cat([s * group for s, group in zip(scales, x.chunk(len(scales)), strict=True)])
 
 
 def _attention(config: NCNConfig, own: Weights, x: Vectors, signals: list[dict[str, Tensor]]) -> Vectors:
@@ -209,18 +223,34 @@ def _controller(config: NCNConfig, own: Weights, hidden: Vectors, t: int, given:
     if controller.phasic:
         for age in range(min(controller.phasic_kernel, t + 1)):
             u = u + own["phasic_filter"][age] * read[t - age][pools + width :]  # φ: the last few tokens
-    if given.sliders is not None:  # κ: value and "is set" of each, 0 where it is unset
-        set_to = given.sliders.tolist()
-        known = [not math.isnan(value) for value in set_to]
-        around_zero = [2 * value - 1 if is_set else 0.0 for value, is_set in zip(set_to, known, strict=True)]
-        u = u + own["external.sliders.weight"] @ torch.tensor([*around_zero, *map(float, known)], dtype=torch.float64)
+    if given.sliders is not None and controller.sliders_enter == "controller":  # κ
+        u = u + own["external.sliders.weight"] @ _known_values(given.sliders)
     if given.tasks is not None and given.tasks >= 0:
         u = u + own["external.tasks.weight"][int(given.tasks)]
     if given.instruction is not None:
         u = u + own["external.instruction.weight"] @ _rms_norm(given.instruction, config)
     u = _rms_norm(u, config) * own["input_norm.weight"]  # (2): u = RMSNorm(c + φ + κ)
     inner = torch.tanh(own["expand.weight"] @ u + own["expand.bias"])
-    return own["output.weight"] @ inner + own["output.bias"]  # (2): z = W₂ tanh(W₁ u + b₁) + b₂
+    z = own["output.weight"] @ inner + own["output.bias"]
+    if given.sliders is not None and controller.sliders_enter == "controller":
+        z = z + own["external.straight.weight"] @ _known_values(given.sliders)
+    return z  # (2): z = W₂ tanh(W₁ u + b₁) + b₂ + W₃ s
+
+
+def _slider_embedding(config: NCNConfig, weights: Weights, begins: bool, given: ControlInputs) -> Tensor:
+    """What sliders add to an embedding where they do not enter the controller: to every one, or a document's first."""
+    enter = config.controller.sliders_enter if config.controller else "controller"
+    if given.sliders is None or enter == "controller" or (enter == "prefix" and not begins):
+        return torch.zeros(config.d_model, dtype=torch.float64)
+    return weights["slider_embedding.weight"] @ _known_values(given.sliders)
+
+
+def _known_values(sliders: Tensor) -> Tensor:
+    """Value and "is set" of each slider, 0 where it is unset."""
+    set_to = sliders.tolist()
+    known = [not math.isnan(value) for value in set_to]
+    around_zero = [2 * value - 1 if is_set else 0.0 for value, is_set in zip(set_to, known, strict=True)]
+    return torch.tensor([*around_zero, *map(float, known)], dtype=torch.float64)
 
 
 def _split(config: NCNConfig, raw: Tensor) -> dict[str, Tensor]:
@@ -232,6 +262,8 @@ def _split(config: NCNConfig, raw: Tensor) -> dict[str, Tensor]:
     for name in controller.signals:
         per_head = name == "head_gate" or (name == "precision" and controller.precision_per == "head")
         sites = config.num_heads if per_head else 2 if name == "gain" and controller.gain_per == "sublayer" else None
+        if name == "norm_film":
+            sites = 2 * controller.film_groups
         values = raw[start : start + (sites or 1)]
         signals[name] = _ranged(name, values if sites else values[0], published=controller.maps == "published")
         start += sites or 1

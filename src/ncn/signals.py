@@ -93,6 +93,7 @@ _SIGNALS = (
         published=RangeMap(torch.sigmoid, lambda value: math.log(value / (1 - value)), 0.0, 1.0, start=_SIGMOID_3),
     ),
     SignalSpec("head_gate", "η", "each head's attention output, before the output projection", _GAIN, None),
+    SignalSpec("norm_film", "ν", "output of the RMSNorm before a sublayer, by groups of channels", _GAIN, None),
 )
 SIGNALS: Mapping[str, SignalSpec] = {spec.name: spec for spec in _SIGNALS}
 
@@ -104,13 +105,16 @@ def range_map(name: str, maps: Literal["smooth", "published"]) -> RangeMap:
 
 
 def signal_shape(name: str, config: NCNConfig) -> tuple[int, ...]:
-    """Shape of one token's signal in one layer: () for a scalar, (heads,) or (2,) for one per head or sublayer."""
+    """Shape of one token's signal in one layer: () for a scalar, (heads,) or (2,) for one per head or sublayer, and
+    (2 · groups,) for one per group of channels of either norm."""
     controller = config.controller
     assert controller is not None
     if name == "head_gate" or (name == "precision" and controller.precision_per == "head"):
         return (config.num_heads,)
     if name == "gain" and controller.gain_per == "sublayer":
         return (2,)
+    if name == "norm_film":
+        return (2 * controller.film_groups,)
     return ()
 
 

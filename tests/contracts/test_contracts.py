@@ -112,6 +112,8 @@ def test_shapes_of_the_signals(variant: NCNConfig) -> None:
         sites["precision"] = (variant.num_heads,)
     if controller and controller.gain_per == "sublayer":
         sites["gain"] = (2,)
+    if controller:
+        sites["norm_film"] = (2 * controller.film_groups,)
     expected = {name: (2, 9, layers, *sites[name]) for name in (controller.signals if controller else ())}
     assert {name: tuple(signal.shape) for name, signal in out.signals.items()} == expected
     assert list(out.signals) == list(expected)
@@ -146,5 +148,5 @@ def test_presets_build_without_memory(name: str) -> None:
     assert groups["embedding"] == (config.vocab_size + positions) * width
     total = sum(groups.values())
     assert total == sum(parameter.numel() for parameter in model.parameters())
-    if name != "mini":
+    if name not in ("mini", "steering-mini"):
         assert groups["controller"] <= 0.02 * total

@@ -17,6 +17,7 @@ from ncn.controller import ControllerNetwork
 from ncn.model import Attention, ModulatedTransformer
 from ncn.modulation import UNMODULATED
 from ncn.salience import SalienceState, pool
+from ncn.signals import SIGNALS
 
 Patch = pytest.MonkeyPatch
 Mutant = Callable[[Patch], None]
@@ -148,6 +149,7 @@ def signal_skipped(name: str) -> Mutant:
 
 gain_skipped = signal_skipped("gain")
 gate_skipped = signal_skipped("ffn_gate")
+film_skipped = signal_skipped("norm_film")
 
 
 def last_layer_forgets_its_signals(patch: Patch) -> None:
@@ -315,11 +317,12 @@ def test_neutral_start_fails(build: type[ModulatedTransformer]) -> None:
         one_head_skipped,
         gain_skipped,
         gate_skipped,
+        film_skipped,
         last_layer_forgets_its_signals,
     ],
 )
 def test_effect_fails(mutant: Mutant, monkeypatch: Patch) -> None:
-    model, input_ids = awake(config()), text(20)
+    model, input_ids = awake(config({"signals": [*SIGNALS]})), text(20)
     mutant(monkeypatch)
     with pytest.raises(AssertionError, match="has no effect"):
         properties.every_signal_acts(model, input_ids)

@@ -44,6 +44,7 @@ variants: dict[str, NCNConfig] = {
     "a tap at every layer": config({"taps": [0, 1, 2], "signals": ["head_gate", "precision"]}),
     "precision per layer, gain per sublayer": config({"precision_per": "layer", "gain_per": "sublayer"}),
     "one signal": config({"signals": ["ffn_gate"]}),
+    "norm film": config({"signals": ["norm_film", "gain"], "film_groups": 4, "taps": [0, 1]}),
     "no phasic": config({"phasic": False}),
     "phasic without memory": config({"phasic_kernel": 1, "pooling_heads": 1}),
     "swiglu, grouped queries, qk-norm": config(activation="swiglu", num_heads=4, num_kv_heads=2, qk_norm=True),
@@ -53,7 +54,12 @@ variants: dict[str, NCNConfig] = {
     "no controller": config(None),
     "documents": config(cross_documents=False),
     "documents, deeper taps, all options": config(
-        {"taps": [0, 1], "gain_per": "sublayer", "phasic_kernel": 5},
+        {
+            "taps": [0, 1],
+            "gain_per": "sublayer",
+            "phasic_kernel": 5,
+            "signals": ["gain", "precision", "ffn_gate", "head_gate", "norm_film"],
+        },
         cross_documents=False,
         activation="swiglu",
         num_heads=4,

@@ -14,19 +14,60 @@ from ncn.cli.app import app
 def steer(
     model: Annotated[str, typer.Argument(help="Run folder or saved folder of a model with sliders.")],
     data: Annotated[Path, typer.Option(help="Held-out dataset folder made by `ncn prepare --attributes`.")],
-    out: Annotated[Path, typer.Option(help="Folder for the page, its figure and the numbers.")] = Path("steering"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the page, its figures, the numbers, and what is measured so far.")
+    ] = Path("steering"),
+    against: Annotated[
+        list[str] | None, typer.Option(help="Another model with the same sliders, to compare with; repeatable.")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(help="A model without sliders: what leaving them unset costs; repeatable.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="An independent model, whose bits per byte say how fluent the stories are.")
+    ] = None,
+    guidance: Annotated[
+        list[float] | None, typer.Option(help="Guidance to write with; repeatable. Default: 1.")
+    ] = None,
     prompts: Annotated[int, typer.Option(help="Beginnings of documents to go on from.")] = 200,
     seeds: Annotated[int, typer.Option(help="Stories for each beginning and value.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Stories written at once.")] = 300,
 ) -> None:
-    """Measure what each slider does: it is set to seven values, and the stories that come out are measured."""
+    """Measure what each slider does: it is set to seven values, and the stories that come out are measured.
+
+    What is measured for one slider of one model is kept; the same command after a kill goes on from there.
+    """
     from ncn.data import TokenDataset
-    from ncn.experiments.steer import steer as run
+    from ncn.errors import UserError
+    from ncn.experiments.steering import steer as run
     from ncn.store import load
 
-    loaded, tokenizer = load(model)
-    found = run(loaded, tokenizer, TokenDataset.open(data), prompts=prompts, seeds=seeds, progress=True)
+    def named(paths: list[str]) -> dict[str, str]:
+        return {Path(path).resolve().name if Path(path).exists() else path: path for path in paths}
+
+    models, others = named([model, *(against or [])]), named(without or [])
+    if len({*models, *others}) != 1 + len(against or []) + len(without or []):
+        raise UserError("two models have the same name: give each folder a name of its own")
+    _, tokenizer = load(model)
+    judging = None if judge is None else load(judge)
+    found = run(
+        {label: load(path)[0] for label, path in models.items()},
+        tokenizer,
+        TokenDataset.open(data),
+        out,
+        without={label: load(path)[0] for label, path in others.items()},
+        judge=judging,
+        prompts=prompts,
+        seeds=seeds,
+        guidances=guidance or [1.0],
+        batch_size=batch_size,
+        progress=True,
+    )
     paths = found.save(out)
-    for name, slider in found.results["sliders"].items():
-        print(f"{name:20s} Spearman {slider['spearman']:+.2f}, of the means {slider['spearman_of_means']:+.2f}")
+    for label, measured in found.results["models"].items():
+        for name, by_guidance in measured["sliders"].items():
+            for strength, slider in by_guidance.items():
+                own, means = slider["spearman"]["value"], slider["spearman_of_means"]
+                print(f"{label:20s} {name:20s} guidance {strength}: Spearman {own:+.2f}, of the means {means:+.2f}")
     for path in paths:
         print(path)

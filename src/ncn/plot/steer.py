@@ -1,39 +1,90 @@
-"""The figure of `ncn steer`: every attribute of the stories written, against the value of each slider."""
+"""The figures of `ncn steer`: what the stories written are like, against the value of each slider."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ncn.plot.style import FAINT, LINES, RULE, write
+from ncn.plot.style import FAINT, INK, LINES, RULE, write
+
+_DASHES = ("-", "--", ":", "-.")
 
 
-def draw_steering(sliders: Mapping[str, Any], path: str | Path) -> None:
-    """One panel a slider: the mean rank of its own attribute, bold, and of the others."""
-    figure = Figure(figsize=(2.6 * len(sliders) + 1.6, 3.2), dpi=160, facecolor="white", layout="constrained")
+def draw_steering(results: Mapping[str, Any], path: str | Path) -> None:
+    """A row a model (at the first guidance), a panel a slider: the mean rank of its own attribute, bold, and others."""
+    models, guidance = results["models"], results["guidances"][0]
+    sliders = _sliders(results)
+    figure, panels = _panels(len(models), len(sliders), 2.6)
+    for row, (label, model) in enumerate(models.items()):
+        for axes, name in zip(panels[row], sliders, strict=True):
+            axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle=":")
+            means = model["sliders"][name][guidance]["means"]
+            for color, (attribute, values) in zip(LINES, means.items(), strict=False):
+                own = attribute == name
+                axes.plot(
+                    results["settings"], values, color=color, label=attribute.replace("_", " "),
+                    linewidth=2.2 if own else 1.0, marker="o" if own else None, markersize=3.5,
+                )  # fmt: skip
+            axes.set_ylim(0, 1)
+        panels[row][0].set_ylabel(f"{label}\nmean rank of the stories", fontsize=8.5)
+    _finish(figure, panels, sliders)
+    write(figure, path)
+
+
+def draw_comparison(results: Mapping[str, Any], path: str | Path) -> None:
+    """A panel a slider: its own attribute in every model, a colour each, at every guidance, dashed beyond the first;
+    below, where there was a judge, how ordinary the text is."""
+    real = results["real"].get("bits_per_byte")
+    sliders = _sliders(results)
+    figure, panels = _panels(1 if real is None else 2, len(sliders), 2.6)
+    for column, name in enumerate(sliders):
+        panels[0][column].plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle=":")
+        if real is not None:
+            panels[1][column].axhline(real, color=INK, linewidth=0.8, linestyle=":", label="real documents")
+        for color, (label, model) in zip(LINES, results["models"].items(), strict=False):
+            for dashes, (guidance, found) in zip(_DASHES, model["sliders"][name].items(), strict=False):
+                title = label if len(results["guidances"]) == 1 else f"{label}, guidance {guidance}"
+                style: dict[str, Any] = {"color": color, "linestyle": dashes, "label": title, "marker": "o"}
+                values = [found["means"][name], *([] if real is None else [found["bits_per_byte"]])]
+                for row, numbers in enumerate(values):
+                    panels[row][column].plot(results["settings"], numbers, linewidth=1.4, markersize=2.5, **style)
+        panels[0][column].set_ylim(0, 1)
+    panels[0][0].set_ylabel("its own attribute,\nmean rank of the stories", fontsize=8.5)
+    if real is not None:
+        panels[1][0].set_ylabel("bits per byte\nunder the judge", fontsize=8.5)
+    _finish(figure, panels, sliders)
+    write(figure, path)
+
+
+def _sliders(results: Mapping[str, Any]) -> list[str]:
+    return list(next(iter(results["models"].values()))["sliders"])
+
+
+def _panels(rows: int, columns: int, height: float) -> tuple[Figure, list[list[Axes]]]:
+    figure = Figure(
+        figsize=(2.6 * columns + 2.2, height * rows + 0.6), dpi=160, facecolor="white", layout="constrained"
+    )
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(sliders), sharey=True, squeeze=False)[0]
-    for axes, (name, found) in zip(panels, sliders.items(), strict=True):
-        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle=":")
-        for color, (attribute, means) in zip(LINES, found["means"].items(), strict=False):
-            own = attribute == name
-            axes.plot(
-                np.linspace(0, 1, len(means)), means, color=color, label=attribute.replace("_", " "),
-                linewidth=2.2 if own else 1.0, marker="o" if own else None, markersize=3.5,
-            )  # fmt: skip
-        axes.set_title(name.replace("_", " "), fontsize=9.5, fontweight="bold", loc="left")
-        axes.set_xlabel("slider", fontsize=8.5)
+    return figure, figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False).tolist()
+
+
+def _finish(figure: Figure, panels: list[list[Axes]], sliders: list[str]) -> None:
+    for axes in itertools.chain.from_iterable(panels):
         axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color=RULE, linewidth=0.5, alpha=0.5)
-    panels[0].set_ylabel("rank of the stories, mean", fontsize=8.5)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
-    write(figure, path)
+    for axes, name in zip(panels[0], sliders, strict=True):
+        axes.set_title(name.replace("_", " "), fontsize=9.5, fontweight="bold", loc="left")
+    for axes in panels[-1]:
+        axes.set_xlabel("slider", fontsize=8.5)
+    handles, labels = panels[-1][0].get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)

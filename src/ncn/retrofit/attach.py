@@ -82,6 +82,10 @@ def attach(
         raise UserError("this model has a controller already; call detach() on its handle first")
     if not isinstance(base, PreTrainedModel):
         raise UserError(f"attach needs a transformers model, not {type(base).__name__}")
+    if config is not None and "norm_film" in config.signals:
+        raise UserError("norm_film has no site on a base; leave it out of controller.signals")
+    if config is not None and config.sliders_enter != "controller":
+        raise UserError("on a base sliders can only enter the controller; leave out controller.sliders_enter")
     return AttachedController(base, config or ControllerConfig(), family or family_of(base), freeze_base)
 
 

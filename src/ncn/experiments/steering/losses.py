@@ -1,0 +1,61 @@
+"""What sliders are worth as information, and what it costs to leave them unset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ncn.attributes import DocumentSliders
+from ncn.data import TokenDataset
+from ncn.loss import IGNORED
+from ncn.model import ModulatedTransformer
+from ncn.types import ControlInputs
+
+Array = npt.NDArray[np.float64]
+_RESAMPLES = 2000
+
+
+@torch.inference_mode()
+def window_losses(
+    model: ModulatedTransformer, data: TokenDataset, known: DocumentSliders | None, tokens: int
+) -> dict[str, Array]:
+    """Nats of each window of held-out text, about `tokens` in all, with sliders unset, and, where they are `known`,
+    with the right ones and with those of another document; "tokens" is how many each window has."""
+    model.eval()
+    found: dict[str, list[Array]] = {kind: [] for kind in ("unset", "tokens", *(("right", "wrong") if known else ()))}
+    other = np.random.Generator(np.random.PCG64(0)).permutation(len(known.ranks)) if known else np.zeros(0)
+    place = 0
+    for inputs, targets in data.windows(model.config.context_length, 16):
+        given: dict[str, ControlInputs | None] = {"unset": None}
+        if known:
+            places = np.minimum(place + np.arange(inputs.numel()).reshape(inputs.shape), data.tokens - 1)
+            documents = np.searchsorted(known.starts, places, side="right") - 1
+            given["right"] = ControlInputs(torch.from_numpy(known.ranks[documents]))
+            given["wrong"] = ControlInputs(torch.from_numpy(known.ranks[other[documents]]))
+        for kind, control in given.items():
+            found[kind].append(model.token_losses(inputs, targets, control=control).double().sum(1).numpy())
+        found["tokens"].append((targets != IGNORED).sum(1).double().numpy())
+        place += inputs.numel()
+        if place >= tokens:
+            break
+    return {kind: np.concatenate(parts) for kind, parts in found.items()}
+
+
+def mean_loss(losses: dict[str, Array], kind: str) -> float:
+    """Nats a token."""
+    return float(losses[kind].sum() / losses["tokens"].sum())
+
+
+def difference(nats: Array, other: Array, tokens: Array) -> dict[str, Any]:
+    """Nats a token of one minus the other over the same windows, with a 95 % interval over windows."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    draws = generator.integers(len(nats), size=(_RESAMPLES, len(nats)))
+    resampled = (nats - other)[draws].sum(1) / tokens[draws].sum(1)
+    return {
+        "value": float((nats - other).sum() / tokens.sum()),
+        "low": float(np.quantile(resampled, 0.025)),
+        "high": float(np.quantile(resampled, 0.975)),
+    }

@@ -1,0 +1,367 @@
+"""The measurement: stories of every model at every value of every slider, kept one by one, and what is made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
+from torch import Tensor
+
+from ncn.attributes import VALUES, DocumentSliders, measure, rank, read_table
+from ncn.data import TokenDataset
+from ncn.errors import UserError
+from ncn.evaluate import bits_per_byte
+from ncn.experiments.steering.losses import difference, mean_loss, window_losses
+from ncn.experiments.steering.obedience import (
+    SETTINGS,
+    describe,
+    distinct,
+    interval,
+    resampled_spearman,
+    spearman,
+)
+from ncn.experiments.steering.writing import one_document_a_row, write_stories
+from ncn.files import write_atomically
+from ncn.model import ModulatedTransformer
+from ncn.progress import ProgressReport
+from ncn.runs import describe_environment, write_json
+from ncn.tokenizer import Tokenizer
+
+PROMPT_TOKENS = 8
+DISTINCT = (1, 2, 3)
+_DISTINCT_TOKENS = 10_000
+Array = npt.NDArray[np.float64]
+Arrays = dict[str, npt.NDArray[Any]]
+Judge = tuple[ModulatedTransformer, Tokenizer]
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What was measured.
+
+    Attributes:
+        results: what `steer.json` holds.
+    """
+
+    results: dict[str, Any]
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write `steer.json`, two figures, and the page (Markdown and HTML); returns their paths."""
+        from ncn.experiments.steering.page import write_steering
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "steer.json", self.results)
+        return [folder / "steer.json", *write_steering(self.results, folder)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every model is asked, and where its answers are kept. See `steer` for the fields."""
+
+    data: TokenDataset
+    tokenizer: Tokenizer
+    sliders: tuple[str, ...]
+    prompts: int
+    seeds: int
+    temperature: float
+    judge: Judge | None
+    folder: Path
+    batch_size: int
+    loss_tokens: int
+    longest: int
+    quantiles: dict[str, Array] = field(init=False)
+    counts: Array = field(init=False)
+    documents: list[list[int]] = field(init=False)
+    """The documents whose beginnings are the prompts, with their separators."""
+
+    def __post_init__(self) -> None:
+        bounds = [*self.data.document_starts().tolist(), self.data.tokens]
+        long = [(a, b) for a, b in itertools.pairwise(bounds) if b - a > PROMPT_TOKENS]
+        if len(long) < self.prompts:
+            raise UserError(f"{self.prompts} prompts were asked for, and the data has {len(long)} documents that long")
+        chosen = long[:: len(long) // self.prompts][: self.prompts]
+        quantiles = {name: np.array(values) for name, values in read_table(self.data.folder).items()}
+        object.__setattr__(self, "quantiles", quantiles)
+        object.__setattr__(self, "counts", load_file(self.data.folder / VALUES)["token_counts"])
+        object.__setattr__(self, "documents", [self.data.read(a, b - a).tolist() for a, b in chosen])
+
+    @property
+    def beginnings(self) -> Tensor:
+        """(prompts, a separator and `PROMPT_TOKENS` tokens)."""
+        return torch.tensor([document[: PROMPT_TOKENS + 1] for document in self.documents])
+
+    @property
+    def stories(self) -> int:
+        """Written for one slider of one model at one guidance."""
+        return len(SETTINGS) * self.seeds * self.prompts
+
+    def identity(self, model: ModulatedTransformer, **facts: Any) -> str:
+        """All that an answer depends on."""
+        judge = None if self.judge is None else fingerprint(self.judge[0])
+        everything = {
+            "format": 2, "model": fingerprint(model), "data": self.data.fingerprint, "prompts": self.prompts,
+            "seeds": self.seeds, "temperature": self.temperature, "judge": judge, "longest": self.longest,
+            "loss_tokens": self.loss_tokens, "batch_size": self.batch_size,
+        }  # fmt: skip
+        return json.dumps(everything | facts)
+
+
+def steer(
+    models: Mapping[str, ModulatedTransformer],
+    tokenizer: Tokenizer,
+    data: TokenDataset,
+    folder: str | Path,
+    *,
+    without: Mapping[str, ModulatedTransformer] | None = None,
+    judge: Judge | None = None,
+    prompts: int = 200,
+    seeds: int = 3,
+    guidances: Sequence[float] = (1.0,),
+    temperature: float = 0.8,
+    batch_size: int = 300,
+    loss_tokens: int = 250_000,
+    progress: bool = False,
+) -> Steering:
+    """Write stories with every slider at seven values, and measure them.
+
+    What is measured for one slider of one model is kept in `folder`/measured, and not measured again.
+
+    Args:
+        models: with the same tokenizer and sliders, by name; the others are compared with the first.
+        data: held-out documents with attributes: their first tokens are the prompts, and the loss is measured on them.
+        without: models without sliders: what it costs to have them and to leave them unset is measured against these.
+        judge: an independent model, whose bits per byte say how fluent the stories are.
+        prompts: how many documents to begin.
+        seeds: stories written for each prompt and value.
+        guidances: each makes stories of its own.
+        temperature: of sampling; all tokens may be drawn.
+        batch_size: stories written at once.
+        loss_tokens: held-out tokens for the losses.
+
+    Raises:
+        UserError: a model has no sliders, or others than the first, or another vocabulary; or the data has no
+            attributes or too few documents.
+    """
+    names = _common_sliders(models)
+    DocumentSliders(data, names)  # refuses data that does not have them
+    if not all(guidance > 0 for guidance in guidances):
+        raise UserError("a guidance must be above 0; 1 is the model as it is")
+    longest = min(model.config.context_length for model in models.values())
+    plan = Plan(
+        data, tokenizer, names, prompts, seeds, temperature, judge, Path(folder) / "measured", batch_size, loss_tokens,
+        longest,
+    )  # fmt: skip
+    others = dict(without or {})
+    _check_vocabularies({**models, **others}, tokenizer)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    losses = {label: _losses(plan, label, model, names) for label, model in models.items()}
+    losses |= {label: _losses(plan, label, model, ()) for label, model in others.items()}
+    units = list(itertools.product(models, range(len(names)), guidances))
+    answers: dict[tuple[str, int, float], Arrays] = {}
+    with ProgressReport("write", len(units) * plan.stories, progress) as bar:
+        tokens = 0
+        for done, (label, index, guidance) in enumerate(units):
+            path = plan.folder / f"{label}.{names[index]}.{guidance:g}.safetensors"
+            identity = plan.identity(models[label], slider=names[index], guidance=guidance)
+            kept = _kept(path, identity)
+            if kept is None:
+                parts = _answer(plan, models[label], index, guidance)
+                for written, size in parts:
+                    tokens += size
+                    bar.update(done * plan.stories + written, tokens)
+                kept = parts.result
+                write_atomically(path, save(kept, metadata={"identity": identity}))
+            answers[label, index, guidance] = kept
+            bar.update((done + 1) * plan.stories, tokens)
+    return Steering(_results(plan, models, others, losses, answers, guidances))
+
+
+class _answer:
+    """Stories of one slider of one model: iterating writes and measures them, and gives how many stories there are so
+    far and how many tokens were written since; `result` is then what is kept."""
+
+    def __init__(self, plan: Plan, model: ModulatedTransformer, index: int, guidance: float) -> None:
+        self.plan, self.model, self.index, self.guidance = plan, model, index, guidance
+        self.result: Arrays = {}
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        plan, room = self.plan, self.plan.longest - PROMPT_TOKENS - 1
+        generator = torch.Generator().manual_seed(0)
+        uniform = torch.rand(plan.seeds, plan.prompts, room, generator=generator)
+        twin = one_document_a_row(self.model)
+        rows = list(itertools.product(range(len(SETTINGS)), range(plan.seeds), range(plan.prompts)))
+        sliders = torch.full((len(rows), 1, len(plan.sliders)), math.nan)
+        sliders[:, 0, self.index] = torch.tensor([SETTINGS[setting] for setting, _, _ in rows])
+        places, beginnings = torch.tensor(rows), plan.beginnings
+        stories: list[list[int]] = []
+        for first in range(0, len(rows), plan.batch_size):
+            batch = places[first : first + plan.batch_size]
+            stories += write_stories(
+                twin, beginnings[batch[:, 2]], sliders[first : first + plan.batch_size],
+                uniform[batch[:, 1], batch[:, 2]],
+                stop_id=plan.tokenizer.separator_id, temperature=plan.temperature, guidance=self.guidance,
+            )  # fmt: skip
+            yield len(stories), sum(map(len, stories[-len(batch) :]))
+        self.result = _measured(plan, stories)
+
+
+def _measured(plan: Plan, stories: list[list[int]]) -> Arrays:
+    """Of stories in order of (settings, seeds, prompts): their ranks, the share that the context cut off, the share of
+    different runs of tokens, and bits per byte under the judge, of the stories of the first seed."""
+    shape = (len(SETTINGS), plan.seeds, plan.prompts)
+    texts = [plan.tokenizer.decode(ids) for ids in stories]
+    measured = [measure(text, np.array(ids), plan.counts) for text, ids in zip(texts, stories, strict=True)]
+    ranks = np.stack(
+        [
+            rank(np.array([story[name] for story in measured]), quantiles).reshape(shape).swapaxes(0, 1)
+            for name, quantiles in plan.quantiles.items()
+        ]
+    )
+    cut = np.array([len(ids) == plan.longest - 1 for ids in stories]).reshape(shape).mean((1, 2))
+    by_setting = [stories[i : i + plan.seeds * plan.prompts] for i in range(0, len(stories), plan.seeds * plan.prompts)]
+    size = min(_DISTINCT_TOKENS, *(sum(map(len, part)) for part in by_setting))
+    variety = np.array([[distinct(part, run, size) for part in by_setting] for run in DISTINCT])
+    result = {"ranks": ranks.astype(np.float32), "cut": cut, "distinct": variety, "distinct_tokens": np.array([size])}
+    if plan.judge is not None:
+        firsts = [texts[i * plan.seeds * plan.prompts :][: plan.prompts] for i in range(len(SETTINGS))]
+        result["bits_per_byte"] = np.array([bits_per_byte(*plan.judge, part) for part in firsts])
+    return {name: np.ascontiguousarray(values) for name, values in result.items()}
+
+
+def _losses(plan: Plan, label: str, model: ModulatedTransformer, names: tuple[str, ...]) -> Arrays:
+    path, identity = plan.folder / f"{label}.loss.safetensors", plan.identity(model, sliders=list(names))
+    kept = _kept(path, identity)
+    if kept is None:
+        known = DocumentSliders(plan.data, names) if names else None
+        kept = window_losses(model, plan.data, known, plan.loss_tokens)
+        write_atomically(path, save(kept, metadata={"identity": identity}))
+    return kept
+
+
+def _kept(path: Path, identity: str) -> Arrays | None:
+    """What was measured before, if it is what would be measured now."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = (file.metadata() or {}).get("identity")
+    except Exception as error:
+        raise UserError(f"{path} cannot be read ({error}); remove it") from None
+    return load_file(path) if found == identity else None
+
+
+def _results(
+    plan: Plan,
+    models: Mapping[str, ModulatedTransformer],
+    without: Mapping[str, ModulatedTransformer],
+    losses: Mapping[str, Arrays],
+    answers: Mapping[tuple[str, int, float], Arrays],
+    guidances: Sequence[float],
+) -> dict[str, Any]:
+    attributes, first = list(plan.quantiles), next(iter(models))
+    ranked = DocumentSliders(plan.data, tuple(attributes)).ranks
+    corpus = {
+        one: {
+            other: spearman(ranked[:, i].astype(np.float64), ranked[:, j].astype(np.float64))
+            for j, other in enumerate(attributes)
+        }
+        for i, one in enumerate(attributes)
+    }
+    found: dict[str, Any] = {}
+    for label, model in models.items():
+        assert model.config.controller is not None
+        own = losses[label]
+        found[label] = {
+            "enter": model.config.controller.sliders_enter,
+            "kind": model.config.controller.kind,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "loss": {kind: mean_loss(own, kind) for kind in ("right", "unset", "wrong")},
+            "right_against_unset": difference(own["right"], own["unset"], own["tokens"]),
+            "unset_against": {
+                other: difference(own["unset"], losses[other]["unset"], own["tokens"])
+                for other in without
+                if len(losses[other]["tokens"]) == len(own["tokens"])
+            },
+            "sliders": {},
+        }
+        for (index, name), guidance in itertools.product(enumerate(plan.sliders), guidances):
+            kept = answers[label, index, guidance]
+            ranks = kept["ranks"].astype(np.float64)
+            described = describe(name, attributes, ranks, corpus[name])
+            described["cut"] = kept["cut"].tolist()
+            described["distinct"] = dict(zip(map(str, DISTINCT), kept["distinct"].tolist(), strict=True))
+            if "bits_per_byte" in kept:
+                described["bits_per_byte"] = kept["bits_per_byte"].tolist()
+            if label != first:
+                reference = answers[first, index, guidance]["ranks"][attributes.index(name)].astype(np.float64)
+                draws = resampled_spearman(reference) - resampled_spearman(ranks[attributes.index(name)])
+                value = found[first]["sliders"][name][f"{guidance:g}"]["spearman"]["value"]
+                described["first_minus_this"] = {"value": value - described["spearman"]["value"], **interval(draws)}
+            found[label]["sliders"].setdefault(name, {})[f"{guidance:g}"] = described
+    return {
+        "format": 2,
+        "settings": list(SETTINGS),
+        "prompts": plan.prompts,
+        "prompt_tokens": PROMPT_TOKENS,
+        "seeds": plan.seeds,
+        "temperature": plan.temperature,
+        "guidances": [f"{guidance:g}" for guidance in guidances],
+        "longest": plan.longest,
+        "loss_tokens": int(losses[first]["tokens"].sum()),
+        "models": found,
+        "without": {label: mean_loss(losses[label], "unset") for label in without},
+        "real": _real(plan),
+        "corpus": corpus,
+        "environment": describe_environment(torch.device("cpu")),
+    }
+
+
+def _real(plan: Plan) -> dict[str, Any]:
+    """The documents themselves that the prompts begin: what the judge and the count of different runs say of them."""
+    stories = [document[1:] for document in plan.documents]
+    size = min(_DISTINCT_TOKENS, sum(map(len, stories)))
+    found: dict[str, Any] = {"distinct": {str(run): distinct(stories, run, size) for run in DISTINCT}}
+    if plan.judge is not None:
+        found["bits_per_byte"] = bits_per_byte(*plan.judge, [plan.tokenizer.decode(story) for story in stories])
+    return found
+
+
+def _common_sliders(models: Mapping[str, ModulatedTransformer]) -> tuple[str, ...]:
+    names: tuple[str, ...] = ()
+    for label, model in models.items():
+        own = model.config.controller.sliders if model.config.controller else ()
+        if not own:
+            raise UserError(f"{label} has no sliders: train one with controller.sliders=[...]")
+        if names and own != names:
+            raise UserError(f"{label} has the sliders {', '.join(own)}, and the others have {', '.join(names)}")
+        names = own
+    return names
+
+
+def _check_vocabularies(models: Mapping[str, ModulatedTransformer], tokenizer: Tokenizer) -> None:
+    for label, model in models.items():
+        if model.config.vocab_size < tokenizer.vocab_size:
+            raise UserError(
+                f"{label} has a vocabulary of {model.config.vocab_size}, and the tokenizer one of "
+                f"{tokenizer.vocab_size}: compare models of one tokenizer"
+            )
+
+
+def fingerprint(model: ModulatedTransformer) -> str:
+    """SHA-256 of the weights and the configuration."""
+    found = hashlib.sha256(model.config.model_dump_json().encode())
+    for tensor in model.state_dict().values():
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
