@@ -13,7 +13,7 @@ import ncn
 from ncn.experiments.domain_data import documents_of, equal, joined, make_domain_data, spread
 from ncn.experiments.domain_signals import STRETCHES, DomainRecord, distances, read_out
 from ncn.experiments.domains import run_domains
-from ncn.experiments.forgetting import SHARES, Curve, difference, shielding
+from ncn.experiments.forgetting import SHARES, Curve, at_equal_level, difference, shielding
 from ncn.prepare import prepare
 from ncn.runs import RunFolder
 from test_tasks import write_texts
@@ -48,6 +48,9 @@ def test_an_arm_that_forgets_less_at_equal_gain_is_found_whatever_its_speed() ->
     expected = -0.1 * np.mean([min(a.most_gained, b.most_gained) ** 1.5 for a, b in zip(shielded, twins, strict=True)])
     assert last["difference"]["value"] == pytest.approx(expected, abs=0.02)
     assert last["forgotten"] - last["twin"] == pytest.approx(last["difference"]["value"])
+    level = at_equal_level(shielded, twins)
+    assert level["difference"]["value"] == pytest.approx(level["first"] - level["twin"])
+    assert at_equal_level(twins, twins)["difference"]["value"] == 0
 
 
 def test_equal_arms_are_not_told_apart() -> None:

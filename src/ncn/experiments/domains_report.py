@@ -11,7 +11,7 @@ import numpy as np
 from ncn.experiments.arms import BASELINE, NCN
 from ncn.experiments.domain_signals import STRETCHES
 from ncn.experiments.domains import ARMS, STATIC, WITH_TASKS, Study, curve_of, losses_of, measure
-from ncn.experiments.forgetting import Curve, difference, shielding
+from ncn.experiments.forgetting import Curve, at_equal_level, difference, shielding
 from ncn.page import origin, table, write_page
 from ncn.runs import read_json, write_json
 from ncn.signals import SIGNALS
@@ -93,6 +93,7 @@ def gather(study: Study, curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any
             for arm, found in curves.items()
         },
         "shielding": {arm: shielding(curves[arm], curves[STATIC]) for arm in OTHERS},
+        "equal_level": {arm: at_equal_level(curves[arm], curves[STATIC]) for arm in OTHERS},
         "signals": {
             arm: {
                 kind: {
@@ -212,6 +213,9 @@ def page_text(results: Mapping[str, Any]) -> str:
             "At equal gain, between the measured points on a straight line. *Shielding* is what the arm forgot less "
             "than its static twin, as a difference (below zero: less forgotten):",
             _forgetting_table(results),
+            "The arms do not begin at the same bits per byte. What counts in use is how good a model still is on "
+            f"{first} by the time when it has come down to a level on {second}, the lowest that both of a pair reach:",
+            _level_table(results),
             origin(results["environment"], results["command"]),
         ]
     )
@@ -267,3 +271,12 @@ def _forgetting_table(results: Mapping[str, Any]) -> str:
             values = [f"{found[key]:.3f}" for key in ("gain", "forgotten", "twin")]
             rows.append([f"{LABELS[arm]}, {float(share):.0%} of the common gain", *values, signed(found["difference"])])
     return table(["arm", "gain", "forgotten", "by the static twin", "shielding"], rows)
+
+
+def _level_table(results: Mapping[str, Any]) -> str:
+    first, second = results["domains"]
+    rows = [
+        [LABELS[arm], *(f"{found[key]:.3f}" for key in ("second", "first", "twin")), signed(found["difference"])]
+        for arm, found in results["equal_level"].items()
+    ]
+    return table(["arm", f"level on {second}", f"on {first}", "static twin", "difference"], rows)
