@@ -38,10 +38,10 @@ from ncn.runs import RunFolder, read_json, write_json
 from ncn.store import load
 
 STATIC, WITH_TASKS = "static", "ncn-tasks"
-ARMS = (BASELINE, STATIC, NCN, WITH_TASKS)
-POINTS = 10
+LABELS = {STATIC: "static twin", NCN: "NCN", WITH_TASKS: "NCN with task ids", BASELINE: "baseline"}
+POINTS = 8
 """Measurements along the training on the second domain."""
-MEASURED_TOKENS = 32_768
+MEASURED_TOKENS = 16_384
 """Of each domain, to tune on and to measure on."""
 
 
@@ -75,6 +75,7 @@ def run_domains(
     settings: Iterable[str] = (),
     seeds: int = 3,
     second_tokens: int | None = None,
+    baseline: bool = False,
     workers: int | None = None,
     progress: bool = True,
     say: Callable[[str], None] = print,
@@ -89,6 +90,7 @@ def run_domains(
         seeds: seeds 1 to this number are run with every arm.
         second_tokens: length of the training on the second domain after the first; by default half of a run, which is
             also the length of the runs that choose learning rates.
+        baseline: whether to run the plain, widened model as well.
         workers, progress: as for `launch`.
         say: is given every line of text.
 
@@ -98,7 +100,7 @@ def run_domains(
     """
     from ncn.experiments.domains_report import write_report
 
-    study = make_study(Path(out), data, valid, preset, settings, seeds, second_tokens)
+    study = make_study(Path(out), data, valid, preset, settings, seeds, second_tokens, baseline)
     plan = study.plan
     options: dict[str, Any] = {"workers": workers, "progress": progress, "say": say}
     facts = begin(plan, workers)
@@ -125,6 +127,7 @@ def make_study(
     settings: Iterable[str],
     seeds: int,
     second_tokens: int | None,
+    baseline: bool,
 ) -> Study:
     """Everything that can be wrong is found out here."""
     if seeds < 2:
@@ -138,7 +141,7 @@ def make_study(
     # the end is validated on everything, and nothing before it
     recipe = recipe.model_copy(update={"train": recipe.train.override(eval_every=recipe.train.tokens)})
     variants = {WITH_TASKS: [f"controller.tasks={json.dumps(made.names)}"]}
-    arms = build_arms(recipe, ARMS[:-1], variants)
+    arms = build_arms(recipe, [STATIC, NCN, *([BASELINE] if baseline else [])], variants)
     plan = Plan(out, str(preset), arms, tuple(range(1, seeds + 1)), half, made.splits)
     return Study(plan, made, second_tokens or half)
 

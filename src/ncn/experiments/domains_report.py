@@ -8,17 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ncn.experiments.arms import BASELINE, NCN
+from ncn.experiments.arms import NCN
 from ncn.experiments.domain_signals import STRETCHES
-from ncn.experiments.domains import ARMS, STATIC, WITH_TASKS, Study, curve_of, losses_of, measure
+from ncn.experiments.domains import LABELS, STATIC, WITH_TASKS, Study, curve_of, losses_of, measure
 from ncn.experiments.forgetting import Curve, at_equal_level, difference, shielding
 from ncn.page import origin, table, write_page
 from ncn.runs import read_json, write_json
 from ncn.signals import SIGNALS
-
-LABELS = {BASELINE: "baseline", STATIC: "static twin", NCN: "NCN", WITH_TASKS: "NCN with task ids"}
-OTHERS = (NCN, WITH_TASKS, BASELINE)
-"""The arms that are compared with the static twin."""
 
 
 def write_report(study: Study) -> list[Path]:
@@ -26,7 +22,7 @@ def write_report(study: Study) -> list[Path]:
     from ncn.plot.domains import draw_forgetting, draw_signals
 
     out, names = study.plan.out, study.data.names
-    curves = {arm: [curve_of(study, arm, seed) for seed in study.plan.seeds] for arm in ARMS}
+    curves = {arm: [curve_of(study, arm, seed) for seed in study.plan.seeds] for arm in study.plan.arms}
     results = gather(study, curves)
     write_json(out / "domains.json", results)
     drawn = {
@@ -49,13 +45,14 @@ def gather(study: Study, curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any
     """Everything that the page says, as JSON."""
     plan, names = study.plan, study.data.names
     facts, tuning = read_json(plan.out / "experiment.json"), read_json(plan.out / "tuning.json")
+    others = [arm for arm in plan.arms if arm != STATIC]
     measured = {arm: [measure(study, arm, seed) for seed in plan.seeds] for arm in (NCN, WITH_TASKS)}
 
     def losses(part: str, arm: str) -> dict[str, list[float]]:
         found = [losses_of(study, part, arm, seed) for seed in plan.seeds]
         return {name: [run[name] for run in found] for name in names}
 
-    both = {arm: losses("runs", arm) for arm in ARMS}
+    both = {arm: losses("runs", arm) for arm in plan.arms}
     for kind in ("unset", "wrong"):
         both[f"{WITH_TASKS}, {kind}"] = {name: [run[kind][name] for run in measured[WITH_TASKS]] for name in names}
     return {
@@ -92,8 +89,8 @@ def gather(study: Study, curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any
             arm: [{"first": curve.first.tolist(), "second": curve.second.tolist()} for curve in found]
             for arm, found in curves.items()
         },
-        "shielding": {arm: shielding(curves[arm], curves[STATIC]) for arm in OTHERS},
-        "equal_level": {arm: at_equal_level(curves[arm], curves[STATIC]) for arm in OTHERS},
+        "shielding": {arm: shielding(curves[arm], curves[STATIC]) for arm in others},
+        "equal_level": {arm: at_equal_level(curves[arm], curves[STATIC]) for arm in others},
         "signals": {
             arm: {
                 kind: {
