@@ -10,7 +10,7 @@ import numpy as np
 
 from ncn.experiments.arms import NCN
 from ncn.experiments.domain_signals import STRETCHES
-from ncn.experiments.domains import LABELS, STATIC, WITH_TASKS, Study, curve_of, losses_of, measure
+from ncn.experiments.domains import EQUAL_RATE, LABELS, STATIC, WITH_TASKS, Study, curve_of, losses_of, measure
 from ncn.experiments.forgetting import Curve, at_equal_level, difference, shielding
 from ncn.page import origin, table, write_page
 from ncn.runs import read_json, write_json
@@ -23,11 +23,18 @@ def write_report(study: Study) -> list[Path]:
 
     out, names = study.plan.out, study.data.names
     curves = {arm: [curve_of(study, arm, seed) for seed in study.plan.seeds] for arm in study.plan.arms}
-    results = gather(study, curves)
+    same_rate = [
+        curve_of(study, STATIC, seed, EQUAL_RATE)
+        for seed in study.plan.seeds
+        if (out / EQUAL_RATE / STATIC / f"seed-{seed}").is_dir()
+    ]
+    results = gather(study, curves, same_rate)
     write_json(out / "domains.json", results)
+    lines = {LABELS[arm]: found for arm, found in curves.items()} | {"static twin at the NCN's rate": same_rate}
     drawn = {
-        LABELS[arm]: [{"gains": curve.gains.tolist(), "forgotten": curve.forgotten.tolist()} for curve in found]
-        for arm, found in curves.items()
+        label: [{"gains": curve.gains.tolist(), "forgotten": curve.forgotten.tolist()} for curve in found]
+        for label, found in lines.items()
+        if found
     }
     draw_forgetting(drawn, names, out / "forgetting.png")
     first_seed = study.plan.seeds[0]
@@ -41,8 +48,9 @@ def write_report(study: Study) -> list[Path]:
     return [out / "domains.json", out / "forgetting.png", out / "signals.png", *page]
 
 
-def gather(study: Study, curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
-    """Everything that the page says, as JSON."""
+def gather(study: Study, curves: Mapping[str, Sequence[Curve]], same_rate: Sequence[Curve]) -> dict[str, Any]:
+    """Everything that the page says, as JSON. `same_rate` are the static twin's curves at the NCN's learning rate;
+    empty where that is its own."""
     plan, names = study.plan, study.data.names
     facts, tuning = read_json(plan.out / "experiment.json"), read_json(plan.out / "tuning.json")
     others = [arm for arm in plan.arms if arm != STATIC]
@@ -90,6 +98,7 @@ def gather(study: Study, curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any
             for arm, found in curves.items()
         },
         "shielding": {arm: shielding(curves[arm], curves[STATIC]) for arm in others},
+        "shielding_at_equal_rate": shielding(curves[NCN], same_rate) if same_rate else None,
         "equal_level": {arm: at_equal_level(curves[arm], curves[STATIC]) for arm in others},
         "signals": {
             arm: {
@@ -155,6 +164,10 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
             f"Trained on {second} after {first}, the {LABELS[arm]} forgets {_judged(found, 'less', 'more')} of {first} "
             f"than its static twin at the largest gain on {second} that both reach: {signed(found)}"
         )
+    if results["shielding_at_equal_rate"]:
+        found = results["shielding_at_equal_rate"]["1"]["difference"]
+        judged = _judged(found, "less", "more")
+        said.append(f"With the NCN's learning rate for the twin, the NCN forgets {judged} of {first}: {signed(found)}")
     return [f"{sentence} bits per byte." for sentence in said]
 
 
@@ -262,11 +275,14 @@ def _label(arm: str, kind: str) -> str:
 
 
 def _forgetting_table(results: Mapping[str, Any]) -> str:
+    compared = {LABELS[arm]: shares for arm, shares in results["shielding"].items()}
+    if results["shielding_at_equal_rate"]:
+        compared["NCN, twin at the NCN's rate"] = results["shielding_at_equal_rate"]
     rows = []
-    for arm, shares in results["shielding"].items():
+    for label, shares in compared.items():
         for share, found in shares.items():
             values = [f"{found[key]:.3f}" for key in ("gain", "forgotten", "twin")]
-            rows.append([f"{LABELS[arm]}, {float(share):.0%} of the common gain", *values, signed(found["difference"])])
+            rows.append([f"{label}, {float(share):.0%} of the common gain", *values, signed(found["difference"])])
     return table(["arm", "gain", "forgotten", "by the static twin", "shielding"], rows)
 
 
