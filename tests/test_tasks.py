@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 import ncn
 from contracts.variants import SMALL_CONTROLLER, awake, config
+from ncn.cli import main
 from ncn.config import ControllerConfig
 from ncn.document_inputs import DocumentInputs
 from ncn.evaluate import document_losses
@@ -177,3 +179,35 @@ def test_tasks_are_given_for_all_sources_and_stay_the_same(texts: Path, tmp_path
     with pytest.raises(ncn.UserError, match="was begun with tasks"):
         prepare(sources, tmp_path / "data", vocab_size=280, tasks=["loud", "calm"])
     assert json.loads((tmp_path / "data" / "manifest.json").read_text())["tasks"][1]["name"] == "loud"
+
+
+def test_the_commands(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ncn", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    sources = [texts / "calm.txt", texts / "loud.txt"]
+    made = ["--tokenizer", texts / "data", "--out", tmp_path / "data"]
+    assert command("prepare", *sources, "--task", "calm", "--task", "loud", *made)[0] == 0
+    assert ncn.TokenDataset.open(tmp_path / "data").tasks == ("calm", "loud")
+    (tmp_path / "recipe.json").write_text(recipe(BOTH, tokens=500).model_dump_json())
+    where = ["--data", tmp_path / "data", "--valid", texts / "valid"]
+    status, printed, _ = command("train", "--config", tmp_path / "recipe.json", *where, "--out", tmp_path / "first")
+    assert status == 0
+    assert "validation_tasks.loud.validation_bits_per_byte" in printed
+    start = ["--start", tmp_path / "first"]
+    assert command("train", *start, *where, "--out", tmp_path / "second", "tokens=300", "batch_size=4")[0] == 0
+    assert RunFolder.open(tmp_path / "second").recipe().model == RunFolder.open(tmp_path / "first").recipe().model
+    written = [
+        command("generate", tmp_path / "second", "Tom", "--max-tokens", 20, "--seed", 1, *task)[1]
+        for task in ([], ["--task", "loud"], ["--task", "loud"])
+    ]
+    assert written[1] == written[2]
+    assert command("generate", tmp_path / "second", "Tom", "--task", "sad") == (
+        1, "", "error: this model has no task 'sad'; it has calm, loud\n",
+    )  # fmt: skip

@@ -29,6 +29,7 @@ def domains(
     second_tokens: Annotated[
         str | None, typer.Option(help="Tokens of the second domain after the first. [default: half of a run]")
     ] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Also run the plain model, widened.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Runs at once; default: one a core, or one a device.")] = None,
 ) -> None:
     """Train on two domains together, and on one after the other: losses, signals by domain, and what is forgotten.
@@ -51,6 +52,7 @@ def domains(
             settings=changes,
             seeds=seeds,
             second_tokens=parse_count(second_tokens) if second_tokens else None,
+            baseline=baseline,
             workers=jobs,
         )
     except Interrupted as stop:

@@ -7,6 +7,7 @@
     OUT/runs/ARM/seed-1/ ...             runs on both domains, for the losses and the signals
     OUT/first/ARM/seed-1/ ...            runs on the first domain,
     OUT/second/ARM/seed-1/ ...           and on the second, from the weights of those, for what is forgotten
+    OUT/second-at-equal-rate/static/ ... the same for the static twin at the NCN's learning rate, where it has another
     OUT/measures/ARM/seed-1.json ...     what was measured on the models of OUT/runs
     OUT/domains.json, .md, .html, .png   what follows from it
 
@@ -38,10 +39,11 @@ from ncn.runs import RunFolder, read_json, write_json
 from ncn.store import load
 
 STATIC, WITH_TASKS = "static", "ncn-tasks"
-ARMS = (BASELINE, STATIC, NCN, WITH_TASKS)
-POINTS = 10
+LABELS = {STATIC: "static twin", NCN: "NCN", WITH_TASKS: "NCN with task ids", BASELINE: "baseline"}
+EQUAL_RATE = "second-at-equal-rate"
+POINTS = 8
 """Measurements along the training on the second domain."""
-MEASURED_TOKENS = 32_768
+MEASURED_TOKENS = 16_384
 """Of each domain, to tune on and to measure on."""
 
 
@@ -58,11 +60,11 @@ class Study:
         out = self.plan.out / "first" / arm.name / f"seed-{seed}"
         return Job(arm.at(seed, rate), self.data.first.folder, self.data.splits.validation.folder, out)
 
-    def second_job(self, arm: Arm, seed: int, rate: float) -> Job:
+    def second_job(self, arm: Arm, seed: int, rate: float, part: str = "second") -> Job:
         train, model = self.plan.train, arm.recipe.model
         steps = math.ceil(self.second_tokens / (train.batch_size * (train.context or model.context_length)))
         recipe = arm.at(seed, rate, tokens=self.second_tokens, eval_every=max(1, steps // POINTS))
-        first, out = (self.plan.out / name / arm.name / f"seed-{seed}" for name in ("first", "second"))
+        first, out = (self.plan.out / name / arm.name / f"seed-{seed}" for name in ("first", part))
         return Job(recipe, self.data.second.folder, self.data.splits.validation.folder, out, start=first)
 
 
@@ -75,6 +77,7 @@ def run_domains(
     settings: Iterable[str] = (),
     seeds: int = 3,
     second_tokens: int | None = None,
+    baseline: bool = False,
     workers: int | None = None,
     progress: bool = True,
     say: Callable[[str], None] = print,
@@ -89,6 +92,7 @@ def run_domains(
         seeds: seeds 1 to this number are run with every arm.
         second_tokens: length of the training on the second domain after the first; by default half of a run, which is
             also the length of the runs that choose learning rates.
+        baseline: whether to run the plain, widened model as well.
         workers, progress: as for `launch`.
         say: is given every line of text.
 
@@ -98,7 +102,7 @@ def run_domains(
     """
     from ncn.experiments.domains_report import write_report
 
-    study = make_study(Path(out), data, valid, preset, settings, seeds, second_tokens)
+    study = make_study(Path(out), data, valid, preset, settings, seeds, second_tokens, baseline)
     plan = study.plan
     options: dict[str, Any] = {"workers": workers, "progress": progress, "say": say}
     facts = begin(plan, workers)
@@ -112,6 +116,9 @@ def run_domains(
     for make in (study.first_job, study.second_job):
         summaries = launch([make(plan.arms[name], seed, best[name]) for name, seed in keys], **options)
         _check(dict(zip(keys, summaries, strict=True)))
+    if best[STATIC] != best[NCN]:  # how much is forgotten for a gain depends on the rate, too
+        twin = plan.arms[STATIC]
+        launch([study.second_job(twin, seed, best[NCN], EQUAL_RATE) for seed in plan.seeds], **options)
     for name, seed in keys:
         measure(study, name, seed)
     return write_report(study)
@@ -125,6 +132,7 @@ def make_study(
     settings: Iterable[str],
     seeds: int,
     second_tokens: int | None,
+    baseline: bool,
 ) -> Study:
     """Everything that can be wrong is found out here."""
     if seeds < 2:
@@ -138,7 +146,7 @@ def make_study(
     # the end is validated on everything, and nothing before it
     recipe = recipe.model_copy(update={"train": recipe.train.override(eval_every=recipe.train.tokens)})
     variants = {WITH_TASKS: [f"controller.tasks={json.dumps(made.names)}"]}
-    arms = build_arms(recipe, ARMS[:-1], variants)
+    arms = build_arms(recipe, [STATIC, NCN, *([BASELINE] if baseline else [])], variants)
     plan = Plan(out, str(preset), arms, tuple(range(1, seeds + 1)), half, made.splits)
     return Study(plan, made, second_tokens or half)
 
@@ -192,9 +200,9 @@ def by_task(facts: Mapping[str, Any]) -> dict[str, float]:
     return {name: part["validation_bits_per_byte"] for name, part in facts["validation_tasks"].items()}
 
 
-def curve_of(study: Study, arm: str, seed: int) -> Curve:
+def curve_of(study: Study, arm: str, seed: int, part: str = "second") -> Curve:
     """Bits per byte of both domains along the training on the second one."""
     names = study.data.names
-    lines = RunFolder.open(study.plan.out / "second" / arm / f"seed-{seed}").metrics()
+    lines = RunFolder.open(study.plan.out / part / arm / f"seed-{seed}").metrics()
     points = [losses_of(study, "first", arm, seed), *(by_task(line) for line in lines if "validation_tasks" in line)]
     return Curve([point[names[0]] for point in points], [point[names[1]] for point in points])

@@ -8,17 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ncn.experiments.arms import BASELINE, NCN
+from ncn.experiments.arms import NCN
 from ncn.experiments.domain_signals import STRETCHES
-from ncn.experiments.domains import ARMS, STATIC, WITH_TASKS, Study, curve_of, losses_of, measure
-from ncn.experiments.forgetting import Curve, difference, shielding
+from ncn.experiments.domains import EQUAL_RATE, LABELS, STATIC, WITH_TASKS, Study, curve_of, losses_of, measure
+from ncn.experiments.forgetting import Curve, at_equal_level, difference, shielding
 from ncn.page import origin, table, write_page
 from ncn.runs import read_json, write_json
 from ncn.signals import SIGNALS
-
-LABELS = {BASELINE: "baseline", STATIC: "static twin", NCN: "NCN", WITH_TASKS: "NCN with task ids"}
-OTHERS = (NCN, WITH_TASKS, BASELINE)
-"""The arms that are compared with the static twin."""
 
 
 def write_report(study: Study) -> list[Path]:
@@ -26,12 +22,19 @@ def write_report(study: Study) -> list[Path]:
     from ncn.plot.domains import draw_forgetting, draw_signals
 
     out, names = study.plan.out, study.data.names
-    curves = {arm: [curve_of(study, arm, seed) for seed in study.plan.seeds] for arm in ARMS}
-    results = gather(study, curves)
+    curves = {arm: [curve_of(study, arm, seed) for seed in study.plan.seeds] for arm in study.plan.arms}
+    same_rate = [
+        curve_of(study, STATIC, seed, EQUAL_RATE)
+        for seed in study.plan.seeds
+        if (out / EQUAL_RATE / STATIC / f"seed-{seed}").is_dir()
+    ]
+    results = gather(study, curves, same_rate)
     write_json(out / "domains.json", results)
+    lines = {LABELS[arm]: found for arm, found in curves.items()} | {"static twin at the NCN's rate": same_rate}
     drawn = {
-        LABELS[arm]: [{"gains": curve.gains.tolist(), "forgotten": curve.forgotten.tolist()} for curve in found]
-        for arm, found in curves.items()
+        label: [{"gains": curve.gains.tolist(), "forgotten": curve.forgotten.tolist()} for curve in found]
+        for label, found in lines.items()
+        if found
     }
     draw_forgetting(drawn, names, out / "forgetting.png")
     first_seed = study.plan.seeds[0]
@@ -45,17 +48,19 @@ def write_report(study: Study) -> list[Path]:
     return [out / "domains.json", out / "forgetting.png", out / "signals.png", *page]
 
 
-def gather(study: Study, curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
-    """Everything that the page says, as JSON."""
+def gather(study: Study, curves: Mapping[str, Sequence[Curve]], same_rate: Sequence[Curve]) -> dict[str, Any]:
+    """Everything that the page says, as JSON. `same_rate` are the static twin's curves at the NCN's learning rate;
+    empty where that is its own."""
     plan, names = study.plan, study.data.names
     facts, tuning = read_json(plan.out / "experiment.json"), read_json(plan.out / "tuning.json")
+    others = [arm for arm in plan.arms if arm != STATIC]
     measured = {arm: [measure(study, arm, seed) for seed in plan.seeds] for arm in (NCN, WITH_TASKS)}
 
     def losses(part: str, arm: str) -> dict[str, list[float]]:
         found = [losses_of(study, part, arm, seed) for seed in plan.seeds]
         return {name: [run[name] for run in found] for name in names}
 
-    both = {arm: losses("runs", arm) for arm in ARMS}
+    both = {arm: losses("runs", arm) for arm in plan.arms}
     for kind in ("unset", "wrong"):
         both[f"{WITH_TASKS}, {kind}"] = {name: [run[kind][name] for run in measured[WITH_TASKS]] for name in names}
     return {
@@ -92,7 +97,9 @@ def gather(study: Study, curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any
             arm: [{"first": curve.first.tolist(), "second": curve.second.tolist()} for curve in found]
             for arm, found in curves.items()
         },
-        "shielding": {arm: shielding(curves[arm], curves[STATIC]) for arm in OTHERS},
+        "shielding": {arm: shielding(curves[arm], curves[STATIC]) for arm in others},
+        "shielding_at_equal_rate": shielding(curves[NCN], same_rate) if same_rate else None,
+        "equal_level": {arm: at_equal_level(curves[arm], curves[STATIC]) for arm in others},
         "signals": {
             arm: {
                 kind: {
@@ -157,6 +164,10 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
             f"Trained on {second} after {first}, the {LABELS[arm]} forgets {_judged(found, 'less', 'more')} of {first} "
             f"than its static twin at the largest gain on {second} that both reach: {signed(found)}"
         )
+    if results["shielding_at_equal_rate"]:
+        found = results["shielding_at_equal_rate"]["1"]["difference"]
+        judged = _judged(found, "less", "more")
+        said.append(f"With the NCN's learning rate for the twin, the NCN forgets {judged} of {first}: {signed(found)}")
     return [f"{sentence} bits per byte." for sentence in said]
 
 
@@ -212,6 +223,9 @@ def page_text(results: Mapping[str, Any]) -> str:
             "At equal gain, between the measured points on a straight line. *Shielding* is what the arm forgot less "
             "than its static twin, as a difference (below zero: less forgotten):",
             _forgetting_table(results),
+            "The arms do not begin at the same bits per byte. What counts in use is how good a model still is on "
+            f"{first} by the time when it has come down to a level on {second}, the lowest that both of a pair reach:",
+            _level_table(results),
             origin(results["environment"], results["command"]),
         ]
     )
@@ -261,9 +275,21 @@ def _label(arm: str, kind: str) -> str:
 
 
 def _forgetting_table(results: Mapping[str, Any]) -> str:
+    compared = {LABELS[arm]: shares for arm, shares in results["shielding"].items()}
+    if results["shielding_at_equal_rate"]:
+        compared["NCN, twin at the NCN's rate"] = results["shielding_at_equal_rate"]
     rows = []
-    for arm, shares in results["shielding"].items():
+    for label, shares in compared.items():
         for share, found in shares.items():
             values = [f"{found[key]:.3f}" for key in ("gain", "forgotten", "twin")]
-            rows.append([f"{LABELS[arm]}, {float(share):.0%} of the common gain", *values, signed(found["difference"])])
+            rows.append([f"{label}, {float(share):.0%} of the common gain", *values, signed(found["difference"])])
     return table(["arm", "gain", "forgotten", "by the static twin", "shielding"], rows)
+
+
+def _level_table(results: Mapping[str, Any]) -> str:
+    first, second = results["domains"]
+    rows = [
+        [LABELS[arm], *(f"{found[key]:.3f}" for key in ("second", "first", "twin")), signed(found["difference"])]
+        for arm, found in results["equal_level"].items()
+    ]
+    return table(["arm", f"level on {second}", f"on {first}", "static twin", "difference"], rows)

@@ -47,7 +47,7 @@ class Curve:
         Not a number for a gain that was never reached.
         """
         gains, forgotten = self.gains, self.forgotten
-        reached = np.flatnonzero(gains >= gain)
+        reached = np.flatnonzero(gains >= gain - 1e-12)  # a gain computed in another order of sums is the same gain
         if not len(reached):
             return float("nan")
         after = int(reached[0])
@@ -76,6 +76,27 @@ def shielding(curves: Sequence[Curve], twins: Sequence[Curve]) -> dict[str, Any]
             "per_seed": (own - other).tolist(),
         }
     return found
+
+
+def at_equal_level(curves: Sequence[Curve], twins: Sequence[Curve]) -> dict[str, Any]:
+    """Bits per byte of A when B first came down to the lowest level that both of a pair reach: {"second": that level,
+    "first", "twin": means over the pairs, "difference": mean with its 95 % interval}."""
+    levels = [max(curve.second.min(), twin.second.min()) for curve, twin in zip(curves, twins, strict=True)]
+    own, other = (
+        np.array(
+            [
+                curve.first[0] + curve.forgotten_at(curve.second[0] - level)
+                for curve, level in zip(chosen, levels, strict=True)
+            ]
+        )
+        for chosen in (curves, twins)
+    )
+    return {
+        "second": float(np.mean(levels)),
+        "first": float(own.mean()),
+        "twin": float(other.mean()),
+        "difference": difference(own - other),
+    }
 
 
 def difference(per_seed: ArrayLike) -> dict[str, float | None]:
