@@ -31,6 +31,17 @@ def test_value_and_gradients(chunk: int) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
 
 
+def test_capped_logits() -> None:
+    hidden, weight, targets = inputs()
+    expected = F.cross_entropy(2.5 * torch.tanh(hidden @ weight.T / 2.5), targets, ignore_index=-100, reduction="sum")
+    loss = chunked_cross_entropy(hidden, weight, targets, 5, cap=2.5)
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    got, wanted = (torch.autograd.grad(total, (hidden, weight)) for total in (loss, expected))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
+    each = token_losses(hidden.detach(), weight.detach(), targets, 5, cap=2.5)
+    torch.testing.assert_close(each.sum(), loss.detach())
+
+
 @pytest.mark.parametrize("asked", ["hidden", "weight"])
 def test_one_gradient_alone(asked: str) -> None:
     hidden, weight, targets = inputs()

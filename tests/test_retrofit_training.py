@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import ncn
+from ncn.attributes import write_attributes
 from ncn.diagnosis.readers import reader_of
 from ncn.evaluate import evaluate
 from ncn.generate import generate
@@ -105,6 +106,25 @@ def test_it_evaluates_generates_scans_and_is_diagnosed(place: Path) -> None:
     losses, signals = reader_of(model).read(inputs, ids[:, 1:11])
     assert losses.shape == inputs.shape
     assert signals["gain"].shape == (1, 10, 2)
+
+
+def test_a_controller_on_a_base_is_trained_with_sliders(place: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(place / "data", data)
+    write_attributes(data)
+    settings = [*SETTINGS, "controller.sliders=[length]", "controller_learning_rate=3", "tokens=2_000"]
+    train(retrofit_recipe(place / "base", settings), data, tmp_path / "run", progress=False)
+    model, tokenizer = ncn.load(tmp_path / "run")
+    assert isinstance(model, RetrofittedModel)
+    options: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0, "stop_id": -1}
+    ids = torch.tensor([[tokenizer.separator_id, *tokenizer.encode("Tom had")]])
+    with model.handle.given(sliders={"length": 0.9}):
+        expected = model.base.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, ids.shape[1] :]
+    assert "".join(generate(model, tokenizer, "Tom had", sliders={"length": 0.9}, **options)) == tokenizer.decode(
+        expected.tolist()
+    )
+    plain = model(ids).logits
+    assert not torch.equal(model(ids, control=ncn.ControlInputs(torch.tensor([[[0.9]]]))).logits, plain)
 
 
 def _neutral(model: RetrofittedModel) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ All of them enter without a bias, so that what is unset adds exactly nothing.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ncn.config import NCNConfig
@@ -35,6 +35,14 @@ def check_inputs(given: ControlInputs, config: NCNConfig) -> None:
             )
     if given.instruction is not None and not (controller and controller.instructions):
         raise UserError("an instruction was given, and this model takes none; train with controller.instructions=true")
+
+
+def mean_embedding(
+    embeddings: Float[Tensor, "batch tokens width"], real: Bool[Tensor, "batch tokens"]
+) -> Float[Tensor, "batch 1 width"]:
+    """An instruction as `ControlInputs` takes it: the mean over its real tokens; 0 where there are none."""
+    weights = real.unsqueeze(-1)
+    return (embeddings * weights).sum(1, keepdim=True) / weights.sum(1, keepdim=True).clamp(min=1)
 
 
 class ExternalInputs(nn.Module):

@@ -18,20 +18,22 @@ def chunked_cross_entropy(
     weight: Float[Tensor, "vocabulary width"],
     targets: Int[Tensor, " positions"],
     chunk: int = 512,
+    cap: float | None = None,
 ) -> Float[Tensor, ""]:
-    """Sum over the positions that have a target of −log softmax(hidden · weightᵀ)[target], in nats.
+    """Sum over the positions that have a target of −log softmax(hidden · weightᵀ)[target], in nats; with a `cap`,
+    of logits that level off there.
 
     The gradients of a chunk are formed while its logits are at hand, so that nothing is computed twice and the peak is
     one chunk's logits: `chunk` × vocabulary numbers, in autocast's precision where that is on. What is summed or
     exponentiated is so in float32 or better.
     """
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, cap)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, cap: float | None) -> Tensor:
         device = hidden.device.type
         exact = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
         product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -49,7 +51,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 state, target = states[part], targets[part]
                 kept = (target != IGNORED)[:, None]
                 label = target.clamp(min=0)[:, None]
-                logits = torch.mm(state, matrix.T, out=buffer[: len(state)])
+                logits = capped(torch.mm(state, matrix.T, out=buffer[: len(state)]), cap)
+                slope = None if cap is None else 1 - (logits / cap).square()
                 wanted = logits.gather(1, label).to(exact)
                 highest, place = logits.max(-1, keepdim=True)
                 softmax = torch.softmax(logits, -1, out=logits)
@@ -57,6 +60,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 total += ((log_total - wanted) * kept).sum()
                 # d loss / d logits = softmax − onehot(target), and nothing where there is no target
                 gradient = softmax.scatter_(1, label, softmax.gather(1, label) - 1)
+                if slope is not None:
+                    gradient *= slope
                 if hidden_grad is not None:
                     hidden_grad[part] = (gradient @ matrix) * kept
                 if weight_grad is not None and weight_part is None:
@@ -67,12 +72,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         (scale,) = grad_outputs
         return (
             None if hidden_grad is None else hidden_grad * scale,
             None if weight_grad is None else weight_grad * scale,
+            None,
             None,
             None,
         )
@@ -84,14 +90,23 @@ def token_losses(
     weight: Float[Tensor, "vocabulary width"],
     targets: Int[Tensor, " positions"],
     chunk: int = 512,
+    cap: float | None = None,
 ) -> Float[Tensor, " positions"]:
-    """−log softmax(hidden · weightᵀ)[target] at every position, in nats, in chunks; zero where there is no target."""
+    """−log softmax(hidden · weightᵀ)[target] at every position, in nats, in chunks; zero where there is no target.
+    `cap` as in `chunked_cross_entropy`."""
     return torch.cat(
         [
-            F.cross_entropy(_exact(F.linear(states, weight)), target, ignore_index=IGNORED, reduction="none")
+            F.cross_entropy(
+                _exact(capped(F.linear(states, weight), cap)), target, ignore_index=IGNORED, reduction="none"
+            )
             for states, target in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True)
         ]
     )
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(logits / cap), or the logits themselves."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def _exact(logits: Tensor) -> Tensor:

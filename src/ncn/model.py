@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ncn.cache import Cache
 from ncn.config import NCNConfig
-from ncn.control_inputs import check_inputs
+from ncn.control_inputs import check_inputs, mean_embedding
 from ncn.controller import SignalSource, signal_source
 from ncn.errors import UserError
-from ncn.loss import chunked_cross_entropy, token_losses
+from ncn.loss import capped, chunked_cross_entropy, token_losses
 from ncn.modulation import UNMODULATED, Factors, add_scaled, layer_factors, scale
 from ncn.norm import RMSNorm
 from ncn.segments import attention_mask_of, find_segments, positions_in_segment
@@ -46,6 +46,9 @@ class ModelOutput:
 
 class ModulatedTransformer(nn.Module):
     """A causal language model with a controller (`config.controller`), or without one (None: the static baseline)."""
+
+    logit_cap: float | None = None
+    """Where logits level off: cap · tanh(logits / cap). Only a base of others has one."""
 
     def __init__(self, config: NCNConfig) -> None:
         super().__init__()
@@ -126,7 +129,9 @@ class ModulatedTransformer(nn.Module):
     ) -> tuple[Float[Tensor, ""], dict[str, Signal]]:
         """Cross-entropy summed over the targets that are not -100, in nats, and the signals; never holds all logits."""
         hidden, signals = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen, control=control)
-        return chunked_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.flatten(), chunk), signals
+        return chunked_cross_entropy(
+            hidden.flatten(0, 1), self.output_weight, targets.flatten(), chunk, self.logit_cap
+        ), signals
 
     @torch.no_grad()
     def token_losses(
@@ -139,7 +144,12 @@ class ModulatedTransformer(nn.Module):
     ) -> Float[Tensor, "batch tokens"]:
         """Cross-entropy at every position, in nats, zero where the target is -100; without gradients."""
         hidden, _ = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen, control=control)
-        return token_losses(hidden.flatten(0, 1), self.output_weight, targets.flatten()).view(targets.shape)
+        return self.losses_of(hidden, targets)
+
+    def losses_of(self, hidden: Hidden, targets: TokenIds) -> Float[Tensor, "batch tokens"]:
+        """Cross-entropy at every position, from the final hidden states; see `token_losses`."""
+        flat = token_losses(hidden.flatten(0, 1), self.output_weight, targets.flatten(), cap=self.logit_cap)
+        return flat.view(targets.shape)
 
     @property
     def output_weight(self) -> Float[Tensor, "vocabulary width"]:
@@ -147,7 +157,7 @@ class ModulatedTransformer(nn.Module):
         return self.embedding.weight if self.head is None else self.head.weight
 
     def logits(self, hidden: Hidden) -> Logits:
-        return F.linear(hidden, self.output_weight)
+        return capped(F.linear(hidden, self.output_weight), self.logit_cap)
 
     def embed(self, input_ids: TokenIds) -> Hidden:
         """Token embeddings; raises `UserError` for ids outside the vocabulary (on CPU, where looking costs nothing)."""
@@ -220,9 +230,7 @@ class ModulatedTransformer(nn.Module):
 
     def pool_instruction(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch 1 width"]:
         """The mean embedding of an instruction's tokens, as `ControlInputs` takes it; -1 is padding."""
-        real = (ids >= 0).unsqueeze(-1)
-        total = (self.embed(ids.clamp(min=0)) * real).sum(1, keepdim=True)
-        return total / real.sum(1, keepdim=True).clamp(min=1)
+        return mean_embedding(self.embed(ids.clamp(min=0)), ids >= 0)
 
 
 class Layer(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncn.errors import UserError
-from ncn.loss import IGNORED, token_losses
+from ncn.loss import IGNORED
 from ncn.model import Frozen, ModulatedTransformer
 from ncn.published import SIGNALS as PUBLISHED_SIGNALS
 from ncn.published import NonCausalWarning, PublishedNCN
@@ -85,10 +85,10 @@ class ModelReader:
         model.eval()
         try:
             hidden, signals = model.hidden_states(model.embed(inputs), inputs, frozen=frozen)
-            nats = token_losses(hidden.flatten(0, 1), model.output_weight, targets.flatten())
+            nats = model.losses_of(hidden, targets)
         finally:
             model.train(was_training)
-        return nats.view(targets.shape), signals
+        return nats, signals
 
 
 class PublishedReader:

@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -20,11 +21,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ncn.config import NCNConfig
+from ncn.errors import UserError
+from ncn.given import Given, InstructionIds, SliderValues, TaskValues
 from ncn.hf.cache import HostedCache
 from ncn.loss import IGNORED
 from ncn.model import ModulatedTransformer
 from ncn.signals import homeostatic_loss
 from ncn.store import MODEL_TYPE, standard_fields
+from ncn.types import ControlInputs
 
 
 @no_type_check  # by the shape checks of the tests, which do not know that __init__ takes more than the fields
@@ -127,12 +131,20 @@ class NCNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyp
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_signals: bool = False,
+        sliders: SliderValues | None = None,
+        tasks: TaskValues = None,
+        instruction_ids: InstructionIds | None = None,
         **kwargs: Any,
     ) -> NCNOutput:
         """Logits, and the loss where `labels` are given (-100: no target).
 
         `attention_mask` (batch, tokens) is 0 at padding, and may reach back over the tokens in the cache. Positions
         follow from it, so `position_ids` are accepted and not looked at.
+
+        `sliders`, `tasks` and `instruction_ids` are inputs of the controller from outside, for all rows or for each:
+        sliders by name, `{"dialogue": 0.9}` (a list has a value for each row, a tensor (rows, places) moves along the
+        sequence), or a tensor (rows, sliders), NaN where unset; tasks by name or place, -1 where unset; the token ids
+        of an instruction, with -1 or the padding token where a row has fewer. `generate` takes them too.
         """
         if input_ids is not None and inputs_embeds is None:
             embeddings = self.core.embed(input_ids)
@@ -145,11 +157,15 @@ class NCNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyp
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
 
+        cache = None if past_key_values is None else HostedCache(past_key_values)
+        batch, tokens = embeddings.shape[:2]
+        control = self._control(batch, 0 if cache is None else cache.length, tokens, sliders, tasks, instruction_ids)
         hidden, signals = self.core.hidden_states(
             embeddings,
             input_ids,
-            token_mask(attention_mask, embeddings.shape[1]),
-            cache=None if past_key_values is None else HostedCache(past_key_values),
+            token_mask(attention_mask, tokens),
+            cache=cache,
+            control=control,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.core.logits(hidden[:, kept])
@@ -168,6 +184,46 @@ class NCNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyp
             signals=signals if output_signals else None,
             homeostatic_loss=homeostasis if output_signals else None,
         )
+
+    def _control(
+        self,
+        batch: int,
+        start: int,
+        tokens: int,
+        sliders: SliderValues | None,
+        tasks: TaskValues,
+        instruction: InstructionIds | None,
+    ) -> ControlInputs | None:
+        """The inputs from outside of the `tokens` places from `start` on."""
+        padding = self.config.pad_token_id
+        if isinstance(instruction, Tensor) and padding is not None:
+            instruction = torch.where(instruction == padding, -1, instruction)
+        given = Given.of(self.core.config, sliders, tasks, instruction)
+        if given is None:
+            return None
+        return given.at(batch, start, tokens, self.core.output_weight.device, self.core.pool_instruction)
+
+    def generate(  # type: ignore[override]
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """As in the library, with the inputs from outside that `forward` takes. `guidance_scale` above 1 extrapolates
+        from the same text without them to the text with them, unless a negative prompt is given."""
+        settings = generation_config or self.generation_config
+
+        def option(name: str, default: Any) -> Any:
+            value = kwargs.get(name, getattr(settings, name, None))
+            return default if value is None else value
+
+        if option("guidance_scale", 1) != 1 and kwargs.get("negative_prompt_ids") is None:
+            if option("num_beams", 1) > 1:
+                raise UserError("guidance_scale does not follow beams from token to token; use num_beams=1, or sample")
+            ids, copies = kwargs.get("input_ids") if inputs is None else inputs, option("num_return_sequences", 1)
+            mask = kwargs.get("attention_mask")
+            if ids is None:
+                raise UserError("guidance_scale reads the text a second time: give generate its input_ids")
+            kwargs["negative_prompt_ids"] = ids.repeat_interleave(copies, 0)
+            kwargs["negative_prompt_attention_mask"] = None if mask is None else mask.repeat_interleave(copies, 0)
+        return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
 
     def _separators(self, embeddings: Tensor) -> Tensor:
         """Ids that say where documents begin, which is where an embedding is the separator's; -1 elsewhere."""

@@ -22,15 +22,18 @@ from ncn.cache import Cache
 from ncn.config import ControllerConfig, NCNConfig
 from ncn.controller import SignalSource, signal_source
 from ncn.errors import UserError
+from ncn.given import SliderValues, TaskValues
 from ncn.hf.cache import state_of
 from ncn.model import Frozen, freeze
 from ncn.modulation import Factors, layer_factors, scale
 from ncn.retrofit.attention import CARRIER, use_sharpened_attention
 from ncn.retrofit.families import Family, family_of, find_sites
+from ncn.retrofit.inputs import InputsAt, Instruction, inputs_at, stretch
 from ncn.retrofit.masks import real_tokens
 from ncn.retrofit.probe import check_sites
 from ncn.segments import find_segments
 from ncn.signals import SIGNALS, SignalLayout, homeostatic_loss
+from ncn.types import ControlInputs
 
 NAME = "ncn_controller"
 """What the controller is called among the model's modules while it is attached."""
@@ -44,6 +47,7 @@ class Carrier:
 
     mask: Any
     cache: Cache | None
+    inputs: ControlInputs | None = None
     segments: Tensor | None = None
     tokens: int = 0
     factors: dict[int, Factors] = field(default_factory=dict)
@@ -78,8 +82,6 @@ def attach(
         raise UserError("this model has a controller already; call detach() on its handle first")
     if not isinstance(base, PreTrainedModel):
         raise UserError(f"attach needs a transformers model, not {type(base).__name__}")
-    if config is not None and config.sliders:
-        raise UserError("a controller on a base cannot have sliders yet; leave out controller.sliders")
     return AttachedController(base, config or ControllerConfig(), family or family_of(base), freeze_base)
 
 
@@ -98,6 +100,7 @@ class AttachedController:
         self.controller.to(next(self.decoder.parameters()).device)
         self._enabled = True
         self._frozen: Frozen = {}
+        self._inputs: InputsAt | None = None
         self.probe: dict[int, Factors] | None = None
         """While the sites are checked: the factors that take the signals' place."""
         self.current: dict[int, Factors | None] = {}
@@ -162,6 +165,39 @@ class AttachedController:
             yield
         finally:
             self._frozen = before
+
+    @contextmanager
+    def given(
+        self,
+        *,
+        sliders: SliderValues | None = None,
+        task: TaskValues = None,
+        instruction: Instruction | None = None,
+        tokenizer: Any = None,
+    ) -> Iterator[None]:
+        """Inputs from outside for what runs inside a `with` block: forward passes, and `generate`.
+
+        Args:
+            sliders: `{"calm": 0.8}`; a list has a value for each row of the batch, and a tensor (rows, places) moves
+                along the sequence. Or a tensor (rows, sliders). None and NaN are unset.
+            task: a name, or one for each row.
+            instruction: in words, or as token ids; or one for each row.
+            tokenizer: the base's, which an instruction in words needs.
+
+        Raises:
+            UserError: for what the controller does not have, and for values that are out of range.
+        """
+        with self.fed_by(inputs_at(self.model, self.core_config, sliders, task, instruction, tokenizer)):
+            yield
+
+    @contextmanager
+    def fed_by(self, inputs: InputsAt) -> Iterator[None]:
+        """As `given`, with a function that says what is given."""
+        before, self._inputs = self._inputs, inputs
+        try:
+            yield
+        finally:
+            self._inputs = before
 
     def still(self, value: str) -> dict[str, Tensor]:
         """The tensors (1, 1, layers[, sites]) that `frozen_at` holds the signals at."""
@@ -242,7 +278,9 @@ class AttachedController:
         host = kwargs.get("past_key_values") if use_cache else None
         self._refuse_reentrant(module)
         mask = kwargs.get("attention_mask")
-        kwargs[CARRIER] = Carrier(mask, None if host is None or module.training else state_of(host))
+        cache = None if host is None or module.training else state_of(host)
+        inputs = None if self._inputs is None else self._inputs(*stretch(args, kwargs, cache))
+        kwargs[CARRIER] = Carrier(mask, cache, inputs)
         return args, kwargs
 
     def _refuse_reentrant(self, decoder: nn.Module) -> None:
@@ -280,7 +318,7 @@ class AttachedController:
         carrier.segments = find_segments(self.core_config, hidden, None, mask, carrier.cache)
 
     def _control(self, carrier: Carrier, tap: int, hidden: Tensor) -> None:
-        signals = self.layout.split(self.controller(tap, hidden, carrier.segments, carrier.cache))
+        signals = self.layout.split(self.controller(tap, hidden, carrier.segments, carrier.cache, carrier.inputs))
         if self._frozen:
             signals = {name: freeze(name, signal, self._frozen, tap) for name, signal in signals.items()}
         carrier.signals[tap] = signals

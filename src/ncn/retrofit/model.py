@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from ncn.cache import Cache
 from ncn.config import NCNConfig, Recipe
+from ncn.control_inputs import check_inputs
 from ncn.errors import UserError
 from ncn.model import Frozen, ModulatedTransformer
 from ncn.retrofit.attach import AttachedController, attach, core_config
@@ -53,6 +54,12 @@ class RetrofittedModel(ModulatedTransformer):
         weight: Tensor = self.base.get_output_embeddings().weight  # type: ignore[no-untyped-call]
         return weight
 
+    @property
+    def logit_cap(self) -> float | None:  # type: ignore[override]
+        """Where the base's logits level off, as Gemma 2's do."""
+        cap: float | None = getattr(self.base.config.get_text_config(), "final_logit_softcapping", None)
+        return cap
+
     def train(self, mode: bool = True) -> RetrofittedModel:
         """Training mode is the controller's alone."""
         super().train(mode)
@@ -78,7 +85,9 @@ class RetrofittedModel(ModulatedTransformer):
             )
         if cache is not None and cache.foreign is None:
             cache.foreign = DynamicCache(config=self.base.config.get_text_config())
-        with self.handle.frozen_at(frozen or {}):
+        if control is not None:
+            check_inputs(control, self.config)
+        with self.handle.frozen_at(frozen or {}), self.handle.fed_by(lambda *_: control):
             hidden: Tensor = self.handle.decoder(
                 inputs_embeds=embeddings,
                 attention_mask=attention_mask,
@@ -142,8 +151,6 @@ def _shape(config: Any) -> dict[str, Any]:
 
 def _load_base(place: str | Path) -> PreTrainedModel:
     model: Any = _read_base(place, AutoModelForCausalLM, dtype=torch.float32)
-    if getattr(model.config, "final_logit_softcapping", None):
-        raise UserError("this base caps its logits, which training and evaluation here do not know; use ncn.attach")
     found: PreTrainedModel = model.eval()
     return found
 
