@@ -337,7 +337,7 @@ def test_training_with_them_continues_bit_for_bit(data: Path, tmp_path: Path) ->
 def test_micro_batches_pool_their_own_instructions(data: Path, tmp_path: Path) -> None:
     grads = []
     for parts in (1, 2, 3):
-        recipe = small(f"accumulation={parts}", "clip=1e9", "input_dropout=0", "optimizer=adamw")
+        recipe = small(f"accumulation={parts}", "clip=1e9", "input_dropout=0", "precision=float32")
         training = begin(recipe, data, tmp_path / str(parts), valid=None, resume=False)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():  # the controller's gradients are zero at its neutral start
@@ -346,7 +346,8 @@ def test_micro_batches_pool_their_own_instructions(data: Path, tmp_path: Path) -
         training.train_step()
         grads.append([parameter.grad for parameter in training.model.parameters()])
     for other in grads[1:]:
-        assert all(torch.allclose(one, same, atol=1e-6) for one, same in zip(grads[0], other, strict=True))
+        for one, same in zip(grads[0], other, strict=True):
+            torch.testing.assert_close(one, same, atol=1e-6, rtol=1e-3)
 
 
 def planted(number: int) -> dict[str, Any]:
@@ -367,7 +368,7 @@ def test_a_trained_model_obeys_instruction_and_column(tmp_path: Path) -> None:
     data = tmp_path / "data"
     prepare([source], data, vocab_size=300, sliders=["rating"], instruction="prompt")
     write_attributes(data, measured=False)
-    recipe = small("controller.sliders=[rating]", "tokens=30_000", "input_dropout=0", "controller_learning_rate=1")
+    recipe = small("controller.sliders=[rating]", "tokens=40_000", "batch_size=4", "input_dropout=0", "controller_learning_rate=1")
     train(recipe, data, tmp_path / "run", progress=False)
     model, tokenizer = ncn.load(tmp_path / "run")
 
