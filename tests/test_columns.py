@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import ncn
 import ncn.column_files
 import ncn.prepare as prepare_module
 from ncn.attributes import DocumentSliders, rank, read_table, write_attributes
+from ncn.cli import main
 from ncn.column_files import read_instructions, read_numbers
 from ncn.document_inputs import DocumentInputs
 from ncn.generate import generate, generate_tokens
@@ -368,7 +370,9 @@ def test_a_trained_model_obeys_instruction_and_column(tmp_path: Path) -> None:
     data = tmp_path / "data"
     prepare([source], data, vocab_size=300, sliders=["rating"], instruction="prompt")
     write_attributes(data, measured=False)
-    recipe = small("controller.sliders=[rating]", "tokens=40_000", "batch_size=4", "input_dropout=0", "controller_learning_rate=1")
+    recipe = small(
+        "controller.sliders=[rating]", "tokens=40_000", "batch_size=4", "input_dropout=0", "controller_learning_rate=1"
+    )
     train(recipe, data, tmp_path / "run", progress=False)
     model, tokenizer = ncn.load(tmp_path / "run")
 
@@ -386,6 +390,46 @@ def test_a_trained_model_obeys_instruction_and_column(tmp_path: Path) -> None:
         ({"instruction": "write about the sea", "guidance": 0.0}, "Green"),
     ]
     assert [first_word(**options) for options, _ in said] == [word for _, word in said]
+
+
+def test_from_the_command_line(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ncn", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    out, run = tmp_path / "data", tmp_path / "run"
+    asked = ["--slider", "rating", "--slider", "year", "--instruction", "prompt", "--vocab-size", 300]
+    status, printed, _ = command("prepare", source, *asked, "--out", out)
+    assert status == 0
+    assert printed.splitlines()[-1] == "attributes: rating, year"
+    small_model = ["context=32", "context_length=32", "d_model=32", "num_layers=2", "controller.width=16"]
+    inputs = ["controller.sliders=[year]", "controller.instructions=true", "tokens=1000"]
+    assert command("train", "--data", out, "--out", run, *small_model, *inputs)[0] == 0
+    options = ["--set", "year=0.9", "--instruction", "a tale of cats", "--max-tokens", 5, "--seed", 1]
+    status, printed, _ = command("generate", run, "Tom", *options)
+    assert status == 0
+    model, tokenizer = ncn.load(run)
+    assert printed == "Tom" + "".join(
+        generate(
+            model, tokenizer, "Tom", sliders={"year": 0.9}, instruction="a tale of cats", max_tokens=5, seed=1,
+            temperature=0.8, top_p=0.95,
+        )
+    ) + "\n"  # fmt: skip
+    for words, message in [
+        (["generate", run, "Tom", "--instruction", " "], "error: the instruction is empty"),
+        (["prepare", source, "--slider", "length", "--vocab-size", 300, "--out", tmp_path / "no"], "called 'length'"),
+        (["prepare", source, "--slider", "text", "--vocab-size", 300, "--out", tmp_path / "no"], "holds str, expected"),
+    ]:
+        status, printed, errors = command(*words)
+        assert (status, printed) == (1, "")
+        assert message in errors
+        assert len(errors.splitlines()) == 1
+    assert not (tmp_path / "no").exists()
 
 
 def test_wrong_instructions_are_one_line_each(data: Path) -> None:
