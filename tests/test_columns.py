@@ -18,9 +18,10 @@ import ncn.column_files
 import ncn.prepare as prepare_module
 from ncn.attributes import DocumentSliders, rank, read_table, write_attributes
 from ncn.cli import main
-from ncn.column_files import read_instructions, read_numbers
+from ncn.column_files import read_numbers
 from ncn.document_inputs import DocumentInputs
 from ncn.generate import generate, generate_tokens
+from ncn.instructions import DocumentInstructions
 from ncn.model import ModulatedTransformer
 from ncn.prepare import prepare
 from ncn.train import begin, train
@@ -79,7 +80,9 @@ def test_every_document_has_its_own_row(data: Path) -> None:
     assert dataset.documents == len(TEXTS)
     assert np.array_equal(numbers["rating"], expected, equal_nan=True)
     assert numbers["good"].tolist() == [1.0, 0.0] * 60
-    assert [decode(ids.tolist()) for ids in read_instructions(dataset)] == [request or "" for request in REQUESTS]
+    instructions = DocumentInstructions(dataset)
+    for document, request in enumerate(REQUESTS):
+        assert decode(instructions[document].tolist()) == (request or "")
 
 
 def test_the_same_from_parquet_and_whatever_the_pieces(data: Path, tmp_path: Path) -> None:
@@ -236,10 +239,10 @@ def test_other_wrong_uses(data: Path, source: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     parts = contents(data)["instructions.safetensors"]
     (tmp_path / "plain" / "instructions.safetensors").write_bytes(parts.replace(b"prompt", b"others"))
-    assert read_instructions(ncn.TokenDataset.open(tmp_path / "plain"))  # the same data
+    assert DocumentInstructions(ncn.TokenDataset.open(tmp_path / "plain"))  # the same data
     (tmp_path / "clash" / "instructions.safetensors").write_bytes(parts)
     with pytest.raises(ncn.UserError, match="are of other data: prepare it with --instruction again"):
-        read_instructions(ncn.TokenDataset.open(tmp_path / "clash"))
+        DocumentInstructions(ncn.TokenDataset.open(tmp_path / "clash"))
 
 
 # Instructions in training

@@ -65,8 +65,11 @@ def read_numbers(dataset: TokenDataset) -> dict[str, npt.NDArray[np.float64]]:
     return load_file(path) if _says(path) == dataset.fingerprint else {}
 
 
-def read_instructions(dataset: TokenDataset) -> list[npt.NDArray[np.int64]]:
-    """The tokens of each document's instruction, none where it has none. Raises `UserError` without instructions."""
+def read_instructions(dataset: TokenDataset) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]:
+    """The tokens of all instructions, and where each document's end: where that of the one before does, if it has none.
+
+    Raises `UserError` where the dataset has no instructions.
+    """
     path = dataset.folder / INSTRUCTIONS
     said = _says(path)
     if said is None:
@@ -74,7 +77,7 @@ def read_instructions(dataset: TokenDataset) -> list[npt.NDArray[np.int64]]:
     if said.partition(" ")[0] != dataset.fingerprint:
         raise UserError(f"the instructions in {dataset.folder} are of other data: prepare it with --instruction again")
     found = load_file(path)
-    return np.split(found["tokens"].astype(np.int64), found["ends"][:-1])
+    return found["tokens"], found["ends"]
 
 
 def _tokens(tokenizer: Tokenizer, words: list[str]) -> dict[str, npt.NDArray[np.generic]]:
