@@ -191,6 +191,18 @@ def test_other_data_is_ranked_among_the_first(data: Path, tmp_path: Path) -> Non
         write_attributes(tmp_path / "other", tmp_path / "first", measured=False)
 
 
+def test_nothing_to_rank_is_one_line(data: Path, source: str, tmp_path: Path) -> None:
+    prepare([source], tmp_path / "plain", tokenizer=str(data))
+    with pytest.raises(
+        ncn.UserError, match=r"there is nothing to rank in .*: prepare it with --attributes or --slider"
+    ):
+        write_attributes(tmp_path / "plain", measured=False)
+    prepare([source], tmp_path / "rated", tokenizer=str(data), sliders=["rating"])
+    write_attributes(tmp_path / "rated", measured=False)
+    with pytest.raises(ncn.UserError, match="rated has rating"):
+        write_attributes(tmp_path / "plain", tmp_path / "rated")
+
+
 def test_a_missing_number_has_no_rank() -> None:
     assert np.isnan(rank(np.array([math.nan]), np.linspace(0, 1, 11)))
 

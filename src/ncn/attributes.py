@@ -81,7 +81,7 @@ def write_attributes(
 
     Ranks are those among the documents of `reference`, another dataset folder with attributes and the same tokenizer,
     or among its own; of what is `measured` on the text, and of the columns of numbers that the data was prepared with.
-    Raises `UserError` for a reference without attributes, or without one of the columns.
+    Raises `UserError` for a reference without attributes or without one of the columns, and where nothing is to rank.
     """
     dataset = TokenDataset.open(folder)
     table = read_table(reference) if reference is not None else None
@@ -99,7 +99,10 @@ def write_attributes(
         assert reference is not None
         counts = load_file(Path(reference) / VALUES)[_TOKEN_COUNTS]
     values = (_measured(dataset, counts, progress) if measured else {}) | columns
-    names = list(values) if table is None else [name for name in table if name in values]
+    names = [name for name in (values if table is None else table) if name in values]
+    if not names:
+        known = f"; {reference} has {', '.join(table)}" if table else ""
+        raise UserError(f"there is nothing to rank in {folder}: prepare it with --attributes or --slider COLUMN{known}")
     shares = np.linspace(0, 1, QUANTILES)
     quantiles = table or {name: np.nanquantile(values[name], shares).tolist() for name in names}
     ranks = np.stack([rank(values[name], np.array(quantiles[name])) for name in names], 1).astype(np.float32)
