@@ -170,6 +170,9 @@ def test_our_own_generation_steers_it_too() -> None:
         expected = model.base.generate(torch.tensor([text]), max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert made(sliders={"calm": 0.9}) == expected[0, 3:].tolist()
     assert made(sliders={"calm": 0.9}, guidance=0.0) == made()
+    with model.handle.given(instruction=[5, 6], task="ask"):
+        expected = model.base.generate(torch.tensor([text]), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert made(instruction=[5, 6], task="ask") == expected[0, 3:].tolist()
     sequence = list(text)
     for number in range(6):
         values = torch.full((1, len(sequence), 2), math.nan)

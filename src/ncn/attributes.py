@@ -1,4 +1,5 @@
-"""Attributes of documents as sliders: measured on the text, and ranked among all documents of a dataset.
+"""Attributes of documents as sliders: measured on the text or taken from the user's columns, and ranked among all
+documents of a dataset.
 
 A slider at 0.9 means "more than in nine documents of ten". A dataset folder holds, beside its tokens,
 `attributes.safetensors` (the rank of every document for every attribute, and how often each token occurs) and
@@ -11,7 +12,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save
 
+from ncn.column_files import read_numbers
 from ncn.data import TokenDataset
 from ncn.errors import UserError
 from ncn.files import write_atomically
@@ -65,22 +67,29 @@ def measure(text: str, tokens: npt.NDArray[np.int64], counts: Array) -> dict[str
 
 
 def rank(values: Array, quantiles: Array) -> Array:
-    """Where `values` lie in a distribution, from 0 to 1, ties in the middle; `quantiles` are sorted."""
+    """Where `values` lie in a distribution, from 0 to 1, ties in the middle, NaN where there is none; `quantiles` are
+    sorted."""
     below = np.searchsorted(quantiles, values, side="left") + np.searchsorted(quantiles, values, side="right")
-    ranks: Array = below / (2 * len(quantiles))
+    ranks: Array = np.where(np.isnan(values), np.nan, below / (2 * len(quantiles)))
     return ranks
 
 
-def write_attributes(folder: str | Path, reference: str | Path | None = None, *, progress: bool = False) -> list[str]:
-    """Measure every document of the dataset in `folder`, and write their ranks there; returns the attributes' names.
+def write_attributes(
+    folder: str | Path, reference: str | Path | None = None, *, measured: bool = True, progress: bool = False
+) -> list[str]:
+    """Rank every document of the dataset in `folder`, and write the ranks there; returns the attributes' names.
 
     Ranks are those among the documents of `reference`, another dataset folder with attributes and the same tokenizer,
-    or among its own. Raises `UserError` for a reference without attributes.
+    or among its own; of what is `measured` on the text, and of the columns of numbers that the data was prepared with.
+    Raises `UserError` for a reference without attributes or without one of the columns, and where nothing is to rank.
     """
     dataset = TokenDataset.open(folder)
-    decode = dataset.tokenizer().decode
-    bounds = [*dataset.document_starts().tolist(), dataset.tokens]
     table = read_table(reference) if reference is not None else None
+    columns = read_numbers(dataset)
+    check_columns(columns)
+    for name in columns:
+        if table is not None and name not in table:
+            raise UserError(f"{reference} has no attribute {name!r} to rank by: prepare it with --slider {name} too")
     if table is None:
         counts = np.zeros(dataset.vocab_size)
         for start in range(0, dataset.tokens, 1 << 20):
@@ -89,21 +98,38 @@ def write_attributes(folder: str | Path, reference: str | Path | None = None, *,
     else:
         assert reference is not None
         counts = load_file(Path(reference) / VALUES)[_TOKEN_COUNTS]
+    values = (_measured(dataset, counts, progress) if measured else {}) | columns
+    names = [name for name in (values if table is None else table) if name in values]
+    if not names:
+        known = f"; {reference} has {', '.join(table)}" if table else ""
+        raise UserError(f"there is nothing to rank in {folder}: prepare it with --attributes or --slider COLUMN{known}")
+    shares = np.linspace(0, 1, QUANTILES)
+    quantiles = table or {name: np.nanquantile(values[name], shares).tolist() for name in names}
+    ranks = np.stack([rank(values[name], np.array(quantiles[name])) for name in names], 1).astype(np.float32)
+    write_atomically(Path(folder) / VALUES, save({"ranks": ranks, _TOKEN_COUNTS: counts}))
+    content = {"attributes": {name: quantiles[name] for name in names}, "data": dataset.fingerprint}
+    write_atomically(Path(folder) / TABLE, json.dumps(content) + "\n")
+    return names
+
+
+def check_columns(names: Iterable[str]) -> None:
+    """Raises `UserError` for a column that is called as what is measured on the text."""
+    for name in names:
+        if name in (*MEASURES, "rarity", "sentiment"):
+            raise UserError(f"a column cannot be called {name!r}, as what --attributes measures: rename it")
+
+
+def _measured(dataset: TokenDataset, counts: Array, progress: bool) -> dict[str, Array]:
+    """What is measured on each document, by name."""
+    decode = dataset.tokenizer().decode
+    bounds = [*dataset.document_starts().tolist(), dataset.tokens]
     rows: list[dict[str, float]] = []
     with ProgressReport("measure", dataset.tokens, progress) as bar:
         for start, end in itertools.pairwise(bounds):
             tokens = dataset.read(start + 1, end - start - 1)
             rows.append(measure(decode(tokens.tolist()), tokens, counts))
             bar.update(end, end)
-    names = list(rows[0]) if table is None else [name for name in table if name in rows[0]]
-    measured = {name: np.array([row[name] for row in rows]) for name in names}
-    shares = np.linspace(0, 1, QUANTILES)
-    quantiles = table or {name: np.quantile(values, shares).tolist() for name, values in measured.items()}
-    ranks = np.stack([rank(measured[name], np.array(quantiles[name])) for name in names], 1).astype(np.float32)
-    write_atomically(Path(folder) / VALUES, save({"ranks": ranks, _TOKEN_COUNTS: counts}))
-    content = {"attributes": {name: quantiles[name] for name in names}, "data": dataset.fingerprint}
-    write_atomically(Path(folder) / TABLE, json.dumps(content) + "\n")
-    return names
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
 def read_table(folder: str | Path) -> dict[str, list[float]]:
@@ -115,7 +141,7 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads((folder / TABLE).read_text("utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} has no attributes: prepare it with --attributes") from None
+        raise UserError(f"{folder} has no attributes: prepare it with --attributes, or --slider COLUMN") from None
     except ValueError:
         raise UserError(f"{folder / TABLE} cannot be read: prepare the data with --attributes again") from None
     return content

@@ -78,6 +78,7 @@ class ExternalInputs(nn.Module):
         if self.tasks is not None and given.tasks is not None:
             terms.append(self.tasks(given.tasks.clamp(min=0)) * (given.tasks >= 0).unsqueeze(-1))
         if self.instruction is not None and given.instruction is not None:
+            assert isinstance(given.instruction, Tensor), "the model pools instructions that are given in tokens"
             pooled = given.instruction.to(self.instruction.weight.dtype)
             normed: Hidden = nn.functional.rms_norm(pooled, pooled.shape[-1:], eps=self.eps)
             terms.append(self.instruction(normed))

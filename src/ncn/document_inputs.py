@@ -9,22 +9,26 @@ import torch
 from ncn.attributes import DocumentSliders
 from ncn.config import ControllerConfig
 from ncn.data import TokenDataset
-from ncn.types import ControlInputs
+from ncn.instructions import DocumentInstructions
+from ncn.types import ControlInputs, Instructions
 
 
 class DocumentInputs:
-    """The sliders and the task of each token of a dataset: those of the document that it is in."""
+    """The sliders, the task and the instruction of each token of a dataset: those of the document that it is in."""
 
     def __init__(self, dataset: TokenDataset, controller: ControllerConfig) -> None:
-        """Raises `UserError` where the dataset lacks one of the controller's sliders, or has no tasks or other ones."""
+        """Raises `UserError` where the dataset lacks one of the controller's sliders, has no tasks or other ones, or no
+        instructions."""
         self.dataset, self.starts = dataset, dataset.document_starts()
         self.sliders = DocumentSliders(dataset, controller.sliders).ranks if controller.sliders else None
         self.tasks = dataset.document_tasks(controller.tasks) if controller.tasks else None
+        self.instructions = DocumentInstructions(dataset) if controller.instructions else None
 
     @classmethod
     def of(cls, dataset: TokenDataset, controller: ControllerConfig | None) -> DocumentInputs | None:
         """None for a controller that is given nothing from outside, and for none."""
-        return cls(dataset, controller) if controller and (controller.sliders or controller.tasks) else None
+        given = controller and (controller.sliders or controller.tasks or controller.instructions)
+        return cls(dataset, controller) if controller and given else None
 
     def at(self, places: npt.NDArray[np.int64]) -> ControlInputs:
         """For the tokens at `places` of the stream, (batch, tokens); beyond its end it begins anew."""
@@ -32,13 +36,14 @@ class DocumentInputs:
         return ControlInputs(
             sliders=None if self.sliders is None else torch.from_numpy(self.sliders[documents]),
             tasks=None if self.tasks is None else torch.from_numpy(self.tasks[documents]),
+            instruction=None if self.instructions is None else self.instructions.of(documents),
         )
 
     def batch(self, seed: int, step: int, batch_size: int, context: int, dropout: float) -> ControlInputs:
         """For the inputs of `TokenDataset.batch` with these arguments, of which it is a pure function, as the batch is.
 
-        With probability `dropout` a window has nothing set, and else with the same probability each slider, and the
-        task, is left out of it.
+        With probability `dropout` a window has nothing set, and else with the same probability each slider, the task
+        and the instruction are left out of it.
         """
         starts = self.dataset.batch_starts(seed, step, batch_size, context)
         given = self.at(starts[:, None] + np.arange(context))
@@ -46,8 +51,14 @@ class DocumentInputs:
         drawn = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, step, 1])))
         whole = drawn.random((batch_size, 1, 1)) < dropout
         single = drawn.random((batch_size, 1, sliders + (self.tasks is not None))) < dropout
+        unsaid = drawn.random((batch_size, 1)) < dropout
         dropped = torch.from_numpy(whole | single)
+        instruction = given.instruction
+        if isinstance(instruction, Instructions):
+            left_out = torch.from_numpy(whole[..., 0] | unsaid)
+            instruction = instruction._replace(which=instruction.which.masked_fill(left_out, -1))
         return ControlInputs(
             sliders=None if given.sliders is None else given.sliders.masked_fill(dropped[..., :sliders], torch.nan),
             tasks=None if given.tasks is None else given.tasks.masked_fill(dropped[..., -1], -1),
+            instruction=instruction,
         )

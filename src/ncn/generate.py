@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ncn.cache import Cache
 from ncn.errors import UserError
+from ncn.given import EMPTY_INSTRUCTION, instruction_ids
 from ncn.model import ModulatedTransformer
 from ncn.tokenizer import Tokenizer
-from ncn.types import ControlInputs
+from ncn.types import ControlInputs, Instructions
 
 
 @torch.inference_mode()
@@ -29,6 +30,7 @@ def generate_tokens(
     stop_id: int | None = None,
     sliders: Mapping[str, float | tuple[float, float]] | None = None,
     task: str | None = None,
+    instruction: Sequence[int] | None = None,
     guidance: float = 1.0,
 ) -> Iterator[int]:
     """Yield new token ids as they come; ends at `stop_id` (not yielded), after `max_tokens`, or at a full context.
@@ -37,12 +39,12 @@ def generate_tokens(
     set with probability `top_p` where given. The same `seed` gives the same tokens.
 
     `sliders` sets inputs of the controller by name, each a number from 0 to 1, or a pair of numbers: from the first at
-    the prompt to the second at `max_tokens`. Those that are not named are unset. `task` names one of the model's tasks.
-    `guidance` above 1 extrapolates from the model without them to the model with them: logits are unset + guidance ·
-    (set - unset).
+    the prompt to the second at `max_tokens`. Those that are not named are unset. `task` names one of the model's tasks,
+    and `instruction` is the token ids of an instruction. `guidance` above 1 extrapolates from the model without them to
+    the model with them: logits are unset + guidance · (set - unset).
     """
     _check_sampling(max_tokens, temperature, top_k, top_p)
-    setting = _Setting(model, sliders or {}, task, guidance, max_tokens)
+    setting = _Setting(model, sliders or {}, task, instruction, guidance, max_tokens)
     room = model.config.context_length - len(prompt)
     if not prompt:
         raise UserError("the prompt is empty: give at least one token")
@@ -73,13 +75,14 @@ def generate_tokens(
 
 
 class _Setting:
-    """The sliders and the task of a text that is being written, and the guidance towards them."""
+    """The sliders, task and instruction of a text that is being written, and the guidance towards them."""
 
     def __init__(
         self,
         model: ModulatedTransformer,
         sliders: Mapping[str, float | tuple[float, float]],
         task: str | None,
+        instruction: Sequence[int] | None,
         guidance: float,
         max_tokens: int,
     ) -> None:
@@ -95,24 +98,29 @@ class _Setting:
             raise UserError(f"this model has no task {task!r}; it has {', '.join(tasks) or 'none'}")
         if guidance < 0:
             raise UserError(f"guidance must be 0 or more, not {guidance}")
-        if guidance != 1 and not sliders and task is None:
-            raise UserError("guidance leads towards sliders or a task, and none is set")
+        if instruction is not None and not instruction:
+            raise UserError(EMPTY_INSTRUCTION)
+        if guidance != 1 and not sliders and task is None and instruction is None:
+            raise UserError("guidance leads towards sliders, a task or an instruction, and none is set")
         self.guidance, self.last = guidance, max(max_tokens - 1, 1)
         self.rows = 1 if guidance == 1 else 2
         ends = [sliders.get(name, math.nan) for name in known] if sliders else []
         self.ends = [end if isinstance(end, tuple) else (end, end) for end in ends]
         self.task = None if task is None else tasks.index(task)
+        self.instruction = None if instruction is None else torch.tensor([[*instruction]])
 
     def inputs(self, number: int, device: torch.device) -> ControlInputs:
         """For the token after `number` new ones; the first of two rows is unset."""
-        sliders = tasks = None
+        sliders = tasks = instruction = None
         if self.ends:
             share = min(number / self.last, 1)
             values = torch.tensor([[[first + share * (last - first) for first, last in self.ends]]])
             sliders = torch.cat([*[torch.full_like(values, math.nan)] * (self.rows - 1), values])
         if self.task is not None:
             tasks = torch.tensor([*[[-1]] * (self.rows - 1), [self.task]])
-        return ControlInputs(sliders, tasks).to(device)
+        if self.instruction is not None:
+            instruction = Instructions(self.instruction, torch.tensor([*[[-1]] * (self.rows - 1), [0]]))
+        return ControlInputs(sliders, tasks, instruction).to(device)
 
     def guided(self, logits: Tensor) -> Tensor:
         """The logits to draw from, of those of all rows."""
@@ -121,15 +129,20 @@ class _Setting:
         return logits[0] + self.guidance * (logits[1] - logits[0])
 
 
-def generate(model: ModulatedTransformer, tokenizer: Tokenizer, prompt: str, **options: Any) -> Iterator[str]:
+def generate(
+    model: ModulatedTransformer, tokenizer: Tokenizer, prompt: str, *, instruction: str | None = None, **options: Any
+) -> Iterator[str]:
     """Yield the continuation of `prompt` as text, piece by piece; a piece never ends inside a character.
 
     The prompt follows a separator, as every document does in training; an empty prompt begins a new document.
-    `options` are those of `generate_tokens`.
+    `instruction` is in words, for a model that was trained with instructions; the other `options` are those of
+    `generate_tokens`.
     """
     ids = [tokenizer.separator_id, *tokenizer.encode(prompt)]
     options.setdefault("max_tokens", max(model.config.context_length - len(ids), 1))
     options.setdefault("stop_id", tokenizer.separator_id)
+    if instruction is not None:
+        options["instruction"] = instruction_ids(instruction, tokenizer.encode)
     made: list[int] = []
     shown = ""
     for token in generate_tokens(model, ids, **options):

@@ -30,7 +30,7 @@ from ncn.modulation import UNMODULATED, Factors, add_scaled, layer_factors, scal
 from ncn.norm import RMSNorm
 from ncn.segments import attention_mask_of, find_segments, positions_in_segment
 from ncn.signals import SignalLayout, homeostatic_loss
-from ncn.types import AttentionMask, ControlInputs, Hidden, Logits, Signal, TokenIds
+from ncn.types import AttentionMask, ControlInputs, Hidden, Instructions, Logits, Signal, TokenIds
 
 Frozen = Mapping[str, Tensor]
 """Signals held at given values: name to a tensor that broadcasts to (batch, tokens, layers[, sites])."""
@@ -113,7 +113,7 @@ class ModulatedTransformer(nn.Module):
         the context length, and for inputs that the model does not have.
         """
         hidden, signals = self.hidden_states(
-            self.embed(input_ids), input_ids, attention_mask, cache=cache, frozen=frozen, control=control
+            self.embed(input_ids), input_ids, attention_mask, cache=cache, frozen=frozen, control=self.pooled(control)
         )
         logits = self.logits(hidden[:, -1:] if last_only else hidden)
         if not output_signals:
@@ -130,7 +130,9 @@ class ModulatedTransformer(nn.Module):
         control: ControlInputs | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Signal]]:
         """Cross-entropy summed over the targets that are not -100, in nats, and the signals; never holds all logits."""
-        hidden, signals = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen, control=control)
+        hidden, signals = self.hidden_states(
+            self.embed(input_ids), input_ids, frozen=frozen, control=self.pooled(control)
+        )
         return chunked_cross_entropy(
             hidden.flatten(0, 1), self.output_weight, targets.flatten(), chunk, self.logit_cap
         ), signals
@@ -145,7 +147,7 @@ class ModulatedTransformer(nn.Module):
         control: ControlInputs | None = None,
     ) -> Float[Tensor, "batch tokens"]:
         """Cross-entropy at every position, in nats, zero where the target is -100; without gradients."""
-        hidden, _ = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen, control=control)
+        hidden, _ = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen, control=self.pooled(control))
         return self.losses_of(hidden, targets)
 
     def losses_of(self, hidden: Hidden, targets: TokenIds) -> Float[Tensor, "batch tokens"]:
@@ -232,6 +234,15 @@ class ModulatedTransformer(nn.Module):
         return self.norm(x), {
             name: parts[0] if len(parts) == 1 else torch.cat(parts, 2) for name, parts in collected.items()
         }
+
+    def pooled(self, control: ControlInputs | None) -> ControlInputs | None:
+        """The same inputs, an instruction that is given in tokens as what `pool_instruction` makes of them."""
+        if control is None or not isinstance(control.instruction, Instructions):
+            return control
+        check_inputs(control, self.config)
+        ids, which = control.instruction
+        table = F.pad(self.pool_instruction(ids).squeeze(1), (0, 0, 0, 1))  # the last row, for -1, is unset
+        return control._replace(instruction=table[which])
 
     def pool_instruction(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch 1 width"]:
         """The mean embedding of an instruction's tokens, as `ControlInputs` takes it; -1 is padding."""

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ncn.column_files import write_columns
+from ncn.columns import Columns
 from ncn.data import (
     JOURNAL,
     MANIFEST,
@@ -45,7 +47,7 @@ TRAINING_BYTES = 64 << 20
 """A tokenizer is trained on the first documents of each source, this many bytes of text in all, an equal share each."""
 
 _OWN_FILE = re.compile(
-    r"shard-\d+\.bin|manifest\.json|progress\.json|tokenizer\.json|tokenizer_config\.json|attributes\.(json|safetensors)|.*\.part"
+    r"shard-\d+\.bin|manifest\.json|progress\.json|tokenizer\.json|tokenizer_config\.json|attributes\.(json|safetensors)|(columns|instructions)\.safetensors|.*\.part"
 )
 
 
@@ -74,6 +76,8 @@ def prepare(
     field: str = "text",
     split: str = "train",
     tasks: Sequence[str] = (),
+    sliders: Sequence[str] = (),
+    instruction: str | None = None,
     workers: int | None = None,
     shard_tokens: int = SHARD_TOKENS,
     progress: bool = False,
@@ -93,6 +97,9 @@ def prepare(
         field: the key (JSON lines) or column (Parquet, hub) that holds the text.
         split: the split of a hub dataset.
         tasks: names of the tasks that the documents belong to, one for each source, in order; or none.
+        sliders: keys or columns of numbers, which `ncn.attributes.write_attributes` makes sliders of. A missing value
+            is unset.
+        instruction: the key or column that holds an instruction in words; a document may have none.
         workers: encoding threads; by default one for each core that the process may use.
         shard_tokens: a shard is closed by the document with which it reaches this many tokens.
         progress: show a progress bar on standard error, or now and then a line where that is not a terminal.
@@ -118,7 +125,8 @@ def prepare(
             f"{len(tasks)} --task for {len(sources)} sources: give one for each source, in the same order, or none"
         )
     given = Tokenizer.load(tokenizer) if tokenizer is not None else None
-    opened = [open_source(name, field, split) for name in sources]
+    columns = Columns(tuple(sliders), instruction)
+    opened = [open_source(name, field, split, columns) for name in sources]
     request = Request(
         sources=tuple(source.record() for source in opened),
         tokenizer_sha256=given.fingerprint if given else None,
@@ -131,6 +139,7 @@ def prepare(
     out_existed = out.exists()
     finished = _check_folder(out, request)
     if finished:
+        write_columns(out, opened, columns, progress)
         return finished
     try:
         preparation = _Preparation(opened, out, request)
@@ -138,7 +147,9 @@ def prepare(
         raise UserError(f"{out} cannot be written: {error.strerror}") from None
     try:
         with ProgressReport("prepare", sum(source.size for source in opened), enabled=progress) as report:
-            return preparation.run(given, workers, report)
+            manifest = preparation.run(given, workers, report)
+        write_columns(out, opened, columns, progress)
+        return manifest
     except UserError:
         if not preparation.journal.shards:
             _clear(out, remove_folder=not out_existed)

@@ -65,9 +65,10 @@ def reference(
 
 
 def _at(control: ControlInputs | None, row: int, t: int) -> ControlInputs:
-    """What is given at one token."""
+    """What is given at one token, an instruction in its pooled form."""
     parts = control or ControlInputs()
-    return ControlInputs(*(None if part is None else part[row % len(part), t % part.shape[1]] for part in parts))
+    here = (part[row % len(part), t % part.shape[1]] if isinstance(part, Tensor) else None for part in parts)
+    return ControlInputs(*here)
 
 
 def _documents(config: NCNConfig, ids: list[int], real: list[int]) -> list[list[int]]:
@@ -227,7 +228,7 @@ def _controller(config: NCNConfig, own: Weights, hidden: Vectors, t: int, given:
         u = u + own["external.sliders.weight"] @ _known_values(given.sliders)
     if given.tasks is not None and given.tasks >= 0:
         u = u + own["external.tasks.weight"][int(given.tasks)]
-    if given.instruction is not None:
+    if isinstance(given.instruction, Tensor):
         u = u + own["external.instruction.weight"] @ _rms_norm(given.instruction, config)
     u = _rms_norm(u, config) * own["input_norm.weight"]  # (2): u = RMSNorm(c + φ + κ)
     inner = torch.tanh(own["expand.weight"] @ u + own["expand.bias"])

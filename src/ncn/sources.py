@@ -14,10 +14,11 @@ import json
 import lzma
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from ncn.columns import NO_COLUMNS, Beside, Columns, beside, missing_field
 from ncn.data import SourceRecord
 from ncn.errors import UserError
 from ncn.tokenizer import SEPARATOR
@@ -42,6 +43,7 @@ class Piece(NamedTuple):
     text: str
     bytes: int
     first: bool
+    beside: Beside = Beside()
 
 
 class Source(ABC):
@@ -53,8 +55,9 @@ class Source(ABC):
         consumed: bytes read so far.
     """
 
-    def __init__(self, name: str, size: int) -> None:
-        self.name, self.size, self.consumed = name, size, 0
+    def __init__(self, name: str, size: int, field: str, columns: Columns) -> None:
+        self.name, self.size, self.consumed, self.field, self.columns = name, size, 0, field, columns
+        self._missing = set(columns.names)
 
     @abstractmethod
     def record(self) -> SourceRecord:
@@ -76,14 +79,23 @@ class Source(ABC):
                 yield piece
         if documents == 0:
             raise UserError(f"{self.name} holds no documents: expected text that is more than white space")
+        for column in sorted(self._missing):
+            raise missing_field(self.name, column, self._present)
+
+    def _row(self, row: dict[str, Any], place: str) -> Iterator[Piece]:
+        """The document in one row of a table; a missing value counts as an empty document."""
+        self._present = row.keys()
+        self._missing -= row.keys()
+        for piece in _row_pieces(row, self.field, place):
+            yield piece._replace(beside=beside(row, self.columns, place)) if piece.first else piece
 
 
 class FileSource(Source):
     """A file on disk."""
 
-    def __init__(self, name: str, path: Path, field: str) -> None:
-        super().__init__(name, path.stat().st_size)
-        self.path, self.field = path, field
+    def __init__(self, name: str, path: Path, field: str, columns: Columns) -> None:
+        super().__init__(name, path.stat().st_size, field, columns)
+        self.path = path
 
     def record(self) -> SourceRecord:
         digest = hashlib.sha256()
@@ -181,7 +193,7 @@ class LinesSource(FileSource):
             raise UserError(f"{place}: not JSON ({_first_line(error)}); expected one object a line") from None
         if not isinstance(row, dict):
             raise UserError(f"{place}: expected an object with a field '{self.field}', found {type(row).__name__}")
-        yield from _row_pieces(row, self.field, place)
+        yield from self._row(row, place)
 
 
 class ParquetSource(FileSource):
@@ -195,14 +207,16 @@ class ParquetSource(FileSource):
             raise UserError(f'{self.name} needs pyarrow to be read: pip install "ncn[data]"') from None
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
-                if self.field not in file.schema_arrow.names:
-                    raise _missing_field(self.name, self.field, file.schema_arrow.names)
-                row = 0
-                for batch in file.iter_batches(batch_size=256, columns=[self.field], use_threads=False):
-                    for text in batch.column(0).to_pylist():
-                        row += 1
-                        yield from _row_pieces({self.field: text}, self.field, f"{self.name}, row {row}")
-                    self.consumed = self.size * row // file.metadata.num_rows
+                wanted = [self.field, *self.columns.names]
+                for name in wanted:
+                    if name not in file.schema_arrow.names:
+                        raise missing_field(self.name, name, file.schema_arrow.names)
+                number = 0
+                for batch in file.iter_batches(batch_size=256, columns=wanted, use_threads=False):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield from self._row(row, f"{self.name}, row {number}")
+                    self.consumed = self.size * number // file.metadata.num_rows
         except (pyarrow.ArrowInvalid, OSError) as error:
             raise UserError(f"{self.name} is truncated or corrupted: {_first_line(error)}; get it again") from None
 
@@ -210,9 +224,9 @@ class ParquetSource(FileSource):
 class HubSource(Source):
     """A dataset of the Hugging Face hub, streamed at the revision that it has when preparation begins."""
 
-    def __init__(self, name: str, field: str, split: str) -> None:
-        super().__init__(name, 0)
-        self.field, self.split = field, split
+    def __init__(self, name: str, field: str, split: str, columns: Columns) -> None:
+        super().__init__(name, 0, field, columns)
+        self.split = split
         self.repository = name.removeprefix("hf:")
         self.revision: str | None = None
 
@@ -237,21 +251,21 @@ class HubSource(Source):
         try:
             rows = datasets.load_dataset(self.repository, split=self.split, streaming=True, revision=self.revision)
             for number, row in enumerate(rows, start=1):
-                yield from _row_pieces(row, self.field, f"{self.name}, row {number}")
+                yield from self._row(row, f"{self.name}, row {number}")
         except UserError:
             raise
         except Exception as error:  # whatever a loader, a file format or the network raises
             raise UserError(f"{self.name} cannot be read: {type(error).__name__}: {_first_line(error)}") from None
 
 
-def open_source(name: str, field: str, split: str) -> Source:
+def open_source(name: str, field: str, split: str, columns: Columns = NO_COLUMNS) -> Source:
     """The source that a name stands for: `hf:owner/name`, a bundled sample, or a file by its ending.
 
     Raises:
-        UserError: there is no such file, it is empty, or its ending is not known.
+        UserError: there is no such file, it is empty, its ending is not known, or it is plain text and has no columns.
     """
     if name.startswith("hf:"):
-        return HubSource(name, field, split)
+        return HubSource(name, field, split, columns)
     path = BUNDLED_SOURCES.get(name, Path(name))
     if path.is_dir():
         raise UserError(f"{name} is a folder: name the files in it, for example {name}/*.jsonl")
@@ -273,7 +287,9 @@ def open_source(name: str, field: str, split: str) -> Source:
         )
     if path.stat().st_size == 0:
         raise UserError(f"{name} is empty: expected documents")
-    return kind(name, path, field)
+    if columns.names and kind is TextSource:
+        raise UserError(f"{name} is plain text and has no column {columns.names[0]!r}: use JSON lines or Parquet")
+    return kind(name, path, field, columns)
 
 
 def _unpacked(raw: IO[bytes], path: Path) -> Any:
@@ -286,9 +302,8 @@ def _unpacked(raw: IO[bytes], path: Path) -> Any:
 
 
 def _row_pieces(row: dict[str, Any], field: str, place: str) -> Iterator[Piece]:
-    """The document in one row of a table; a missing value counts as an empty document."""
     if field not in row:
-        raise _missing_field(place, field, row)
+        raise missing_field(place, field, row)
     text = row[field]
     if text is None:
         return
@@ -324,13 +339,6 @@ def _cut_before(content: bytes, limit: int) -> int:
     while cut > max(limit - 3, 1) and content[cut] & 0xC0 == 0x80:
         cut -= 1
     return cut
-
-
-def _missing_field(place: str, field: str, present: Iterable[str]) -> UserError:
-    names = sorted(present)
-    near = difflib.get_close_matches(field, names, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(names) or 'none'}"
-    return UserError(f"{place}: no field '{field}'; {hint}")
 
 
 def _first_line(error: Exception) -> str:

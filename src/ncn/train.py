@@ -256,10 +256,10 @@ def train(
 
     The model's vocabulary and separator are taken from the data. It begins at random weights, or at those of `start`,
     a trained model of the same configuration. Validation gives a model with tasks the tasks of the validation data; it
-    gives it no sliders, which are measured on the very text that is to be predicted. With `resume`, an interrupted run
-    continues bit for bit (on CPU), one that never began begins, and a finished one returns its summary. Raises
-    `UserError` for unusable data or folders, a changed recipe or changed data on resume, a full disk, and a loss that
-    is no longer a number; `Interrupted` after Ctrl-C.
+    gives it no sliders and no instructions, which may be taken from the very text that is to be predicted. With
+    `resume`, an interrupted run continues bit for bit (on CPU), one that never began begins, and a finished one returns
+    its summary. Raises `UserError` for unusable data or folders, a changed recipe or changed data on resume, a full
+    disk, and a loss that is no longer a number; `Interrupted` after Ctrl-C.
     """
     training = begin(recipe, data, out, valid=valid, start=start, resume=resume)
     if training.run.finished:
@@ -293,7 +293,9 @@ def begin(
     recipe = fit_to_data(recipe, dataset)
     controller = recipe.model.controller
     given = DocumentInputs.of(dataset, controller)
-    known = controller.override(sliders=()) if controller and valid_set and valid_set.tasks else None
+    known = (
+        controller.override(sliders=(), instructions=False) if controller and valid_set and valid_set.tasks else None
+    )
     valid_given = DocumentInputs.of(valid_set, known) if valid_set else None
     context = recipe.train.context or recipe.model.context_length
     if dataset.tokens < context:

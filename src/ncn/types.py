@@ -15,7 +15,7 @@ pools       heads of the salience pooling; values: width of what one of them poo
 from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, device
+from torch import Tensor, device, split
 
 TokenIds = Int[Tensor, "batch tokens"]
 Segments = Int[Tensor, "batch tokens"]
@@ -31,6 +31,23 @@ Tasks = Int[Tensor, "#batch #tokens"]
 AttentionMask = Bool[Tensor, "#batch 1 tokens slots"]
 
 
+class Instructions(NamedTuple):
+    """Instructions in tokens, which the model pools itself."""
+
+    ids: Int[Tensor, "instructions words"]
+    """-1 at padding."""
+    which: Int[Tensor, "#batch #tokens"]
+    """The row of `ids` that each token has, or -1 where it has none."""
+
+    def to(self, place: device) -> "Instructions":
+        """The same on another device."""
+        return Instructions(self.ids.to(place), self.which.to(place))
+
+    def split(self, rows: int) -> "list[Instructions]":
+        """Those of parts of the batch, so many rows each."""
+        return [Instructions(self.ids, part) for part in split(self.which, rows)]
+
+
 class ControlInputs(NamedTuple):
     """What is given from outside, for every token or once for all of them; None: nothing of the kind."""
 
@@ -38,12 +55,15 @@ class ControlInputs(NamedTuple):
     """In the order of `controller.sliders`, each from 0 to 1, NaN where unset."""
     tasks: Tasks | None = None
     """Places in `controller.tasks`, -1 where unset."""
-    instruction: Float[Tensor, "#batch #tokens width"] | None = None
-    """Pooled embeddings of an instruction's tokens (`ModulatedTransformer.pool_instruction`), 0 where unset."""
+    instruction: Float[Tensor, "#batch #tokens width"] | Instructions | None = None
+    """Pooled embeddings of an instruction's tokens (`ModulatedTransformer.pool_instruction`), 0 where unset; or the
+    tokens themselves."""
 
     def to(self, place: device) -> "ControlInputs":
         """The same on another device."""
-        return ControlInputs(*(value if value is None else value.to(place) for value in self))
+        return ControlInputs(
+            **{name: None if value is None else value.to(place) for name, value in self._asdict().items()}
+        )
 
     def split(self, rows: int) -> "list[ControlInputs]":
         """The same in parts of so many rows each; every input that is given has one row for each sequence."""

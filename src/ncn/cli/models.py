@@ -44,6 +44,13 @@ def prepare(
         typer.Option(help="Name of the task that a source's documents belong to; one for each source, in their order."),
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Encoding threads; default: one a core.")] = None,
+    slider: Annotated[
+        list[str] | None,
+        typer.Option(help="Key or column of numbers to make a slider of, ranked like the attributes; repeatable."),
+    ] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="Key or column that holds an instruction in words for each document.")
+    ] = None,
     attributes: Annotated[
         bool,
         typer.Option(
@@ -53,8 +60,10 @@ def prepare(
     ] = False,
 ) -> None:
     """Tokenise text into a dataset folder. Run again after an interruption, it goes on where it stopped."""
+    from ncn.attributes import TABLE, check_columns, write_attributes
     from ncn.prepare import prepare as run
 
+    check_columns(slider or [])
     manifest = run(
         sources,
         out,
@@ -63,6 +72,8 @@ def prepare(
         field=field,
         split=split,
         tasks=task or [],
+        sliders=slider or [],
+        instruction=instruction,
         workers=workers,
         progress=True,
     )
@@ -70,11 +81,10 @@ def prepare(
         f"{out}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {manifest.text_bytes:,} bytes of text, "
         f"vocabulary {manifest.vocab_size:,}"
     )
-    if attributes:
-        from ncn.attributes import TABLE, write_attributes
-
+    if attributes or slider:
         reference = tokenizer if tokenizer and (Path(tokenizer) / TABLE).is_file() else None
-        print(f"attributes: {', '.join(write_attributes(out, reference, progress=True))}")
+        names = write_attributes(out, reference, measured=attributes, progress=True)
+        print(f"attributes: {', '.join(names)}")
 
 
 @app.command(epilog=describe_settings())
@@ -148,7 +158,10 @@ def generate(
         typer.Option("--set", metavar="NAME=VALUE", help="Set a slider from 0 to 1; 0.1:0.9 moves it over the text."),
     ] = None,
     task: Annotated[str | None, typer.Option(help="One of the tasks that the model was trained with.")] = None,
-    guidance: Annotated[float, typer.Option(help="Above 1, exaggerate what sliders and task do.")] = 1.0,
+    instruction: Annotated[
+        str | None, typer.Option(help="What to write, in words, for a model that was trained with instructions.")
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Above 1, exaggerate what sliders, task and instruction do.")] = 1.0,
 ) -> None:
     """Continue a prompt, streaming. MODEL is a run folder, a saved folder, a bundled model or a hub name."""
     model_name, prompt = model_and_text(words, "PROMPT")
@@ -158,6 +171,7 @@ def generate(
     model, tokenizer = load(model_name)
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options |= {"sliders": dict(map(_slider, settings or [])), "task": task, "guidance": guidance}
+    options |= {"instruction": instruction}
     if max_tokens is not None:
         options["max_tokens"] = max_tokens
     pieces = run(model, tokenizer, prompt, **options)

@@ -203,8 +203,12 @@ class NCNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyp
             return None
         return given.at(batch, start, tokens, self.core.output_weight.device, self.core.pool_instruction)
 
-    def generate(  # type: ignore[override]
-        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """As in the library, with the inputs from outside that `forward` takes. `guidance_scale` above 1 extrapolates
         from the same text without them to the text with them, unless a negative prompt is given."""
@@ -223,7 +227,7 @@ class NCNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyp
                 raise UserError("guidance_scale reads the text a second time: give generate its input_ids")
             kwargs["negative_prompt_ids"] = ids.repeat_interleave(copies, 0)
             kwargs["negative_prompt_attention_mask"] = None if mask is None else mask.repeat_interleave(copies, 0)
-        return super().generate(inputs, generation_config, **kwargs)  # type: ignore[misc]
+        return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _separators(self, embeddings: Tensor) -> Tensor:
         """Ids that say where documents begin, which is where an embedding is the separator's; -1 elsewhere."""
