@@ -206,13 +206,16 @@ def test_what_is_measured_is_kept_and_goes_on_after_a_kill(
     with pytest.raises(KeyboardInterrupt):
         measured(tmp_path / "parts")
     kept = sorted(path.name for path in (tmp_path / "parts" / "measured").iterdir())
-    assert kept == ["model.length.1.safetensors", "model.loss.safetensors"]
+    assert kept == ["model.length.1.0.safetensors", "model.loss.safetensors"]
     assert measured(tmp_path / "parts") == whole
     assert len(calls) == 3  # the first slider was not written again
     assert measured(tmp_path / "parts") == whole
     assert len(calls) == 3
+    more = steer({"model": model}, opened.tokenizer(), opened, tmp_path / "parts", prompts=3, seeds=2).results
+    assert more["seeds"] == 2
+    assert len(calls) == 5  # a second seed adds its own stories to those that there are
     assert measured(tmp_path / "parts", temperature=0.5) != whole  # other settings are measured again
-    assert len(calls) == 5
+    assert len(calls) == 7
     (tmp_path / "parts" / "measured" / "model.loss.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ncn.UserError, match=r"model\.loss\.safetensors cannot be read .*; remove it"):
         measured(tmp_path / "parts")

@@ -99,7 +99,7 @@ def _obedience(results: Mapping[str, Any]) -> str:
         row = [
             *first,
             _with_interval(found["spearman"]),
-            f"{found['spearman_of_means']:+.2f}",
+            _signed(found["spearman_of_means"]),
             _with_interval(found["slope"]),
         ]
         if several:
@@ -118,7 +118,7 @@ def _leakage(results: Mapping[str, Any]) -> str:
             [
                 *first,
                 *(
-                    "–" if name is None else f"{leaks[name][kind]:+.2f} ({name})"
+                    "–" if name is None else f"{_signed(leaks[name][kind])} ({name})"
                     for kind, name in zip(_KINDS, strongest, strict=True)
                 ),
                 f"{sum(abs(leak['value']) for leak in leaks.values()) / max(len(leaks), 1):.2f}",
@@ -183,7 +183,11 @@ def _losses(results: Mapping[str, Any]) -> str:
 
 
 def _with_interval(found: Mapping[str, float], digits: int = 2) -> str:
-    return f"{found['value']:+.{digits}f} [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
+    return f"{_signed(found['value'], digits)} [{_signed(found['low'], digits)}, {_signed(found['high'], digits)}]"
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _range(values: list[float], digits: int = 2) -> str:
