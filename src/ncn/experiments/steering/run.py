@@ -81,6 +81,7 @@ class Plan:
     batch_size: int
     loss_tokens: int
     longest: int
+    others: float | None
     quantiles: dict[str, Array] = field(init=False)
     counts: Array = field(init=False)
     documents: list[list[int]] = field(init=False)
@@ -115,6 +116,8 @@ class Plan:
             "temperature": self.temperature, "judge": judge, "longest": self.longest,
             "loss_tokens": self.loss_tokens, "batch_size": self.batch_size,
         }  # fmt: skip
+        if self.others is not None:
+            facts["others"] = self.others
         return json.dumps(everything | facts)
 
 
@@ -130,6 +133,7 @@ def steer(
     seeds: int = 3,
     guidances: Sequence[float] = (1.0,),
     temperature: float = 0.8,
+    others: float | None = None,
     batch_size: int = 300,
     loss_tokens: int = 250_000,
     progress: bool = False,
@@ -147,6 +151,7 @@ def steer(
         seeds: stories written for each prompt and value.
         guidances: each makes stories of its own.
         temperature: of sampling; all tokens may be drawn.
+        others: what the other sliders are set to; by default they are unset.
         batch_size: stories written at once.
         loss_tokens: held-out tokens for the losses.
 
@@ -158,16 +163,18 @@ def steer(
     DocumentSliders(data, names)  # refuses data that does not have them
     if not all(guidance > 0 for guidance in guidances):
         raise UserError("a guidance must be above 0; 1 is the model as it is")
+    if others is not None and not 0 <= others <= 1:
+        raise UserError(f"the other sliders cannot be set to {others}: a slider lies from 0 to 1")
     longest = min(model.config.context_length for model in models.values())
     plan = Plan(
         data, tokenizer, names, prompts, seeds, temperature, judge, Path(folder) / "measured", batch_size, loss_tokens,
-        longest,
+        longest, others,
     )  # fmt: skip
-    others = dict(without or {})
-    _check_vocabularies({**models, **others}, tokenizer)
+    plain = dict(without or {})
+    _check_vocabularies({**models, **plain}, tokenizer)
     plan.folder.mkdir(parents=True, exist_ok=True)
     losses = {label: _losses(plan, label, model, names) for label, model in models.items()}
-    losses |= {label: _losses(plan, label, model, ()) for label, model in others.items()}
+    losses |= {label: _losses(plan, label, model, ()) for label, model in plain.items()}
     units = list(itertools.product(range(seeds), models, range(len(names)), guidances))
     answers: dict[tuple[str, int, float], list[Arrays]] = {}
     with ProgressReport("write", len(units) * plan.stories, progress) as bar:
@@ -185,7 +192,7 @@ def steer(
                 write_atomically(path, save(kept, metadata={"identity": identity}))
             answers.setdefault((label, index, guidance), []).append(kept)
             bar.update((done + 1) * plan.stories, tokens)
-    return Steering(_results(plan, models, others, losses, answers, guidances))
+    return Steering(_results(plan, models, plain, losses, answers, guidances))
 
 
 class _Answer:
@@ -202,7 +209,7 @@ class _Answer:
         twin = one_document_a_row(self.model)
         settings = torch.arange(len(SETTINGS)).repeat_interleave(plan.prompts)
         prompts = torch.arange(plan.prompts).repeat(len(SETTINGS))
-        sliders = torch.full((plan.stories, 1, len(plan.sliders)), math.nan)
+        sliders = torch.full((plan.stories, 1, len(plan.sliders)), math.nan if plan.others is None else plan.others)
         sliders[:, 0, self.index] = torch.tensor(SETTINGS)[settings]
         beginnings = plan.beginnings
         stories: list[list[int]] = []
@@ -319,6 +326,7 @@ def _results(
         "prompts": plan.prompts,
         "prompt_tokens": PROMPT_TOKENS,
         "seeds": plan.seeds,
+        "others": plan.others,
         "temperature": plan.temperature,
         "guidances": [f"{guidance:g}" for guidance in guidances],
         "longest": plan.longest,
