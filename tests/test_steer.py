@@ -206,16 +206,37 @@ def test_what_is_measured_is_kept_and_goes_on_after_a_kill(
     with pytest.raises(KeyboardInterrupt):
         measured(tmp_path / "parts")
     kept = sorted(path.name for path in (tmp_path / "parts" / "measured").iterdir())
-    assert kept == ["model.length.1.safetensors", "model.loss.safetensors"]
+    assert kept == ["model.length.1.0.safetensors", "model.loss.safetensors"]
     assert measured(tmp_path / "parts") == whole
     assert len(calls) == 3  # the first slider was not written again
     assert measured(tmp_path / "parts") == whole
     assert len(calls) == 3
+    more = steer({"model": model}, opened.tokenizer(), opened, tmp_path / "parts", prompts=3, seeds=2).results
+    assert more["seeds"] == 2
+    assert len(calls) == 5  # a second seed adds its own stories to those that there are
     assert measured(tmp_path / "parts", temperature=0.5) != whole  # other settings are measured again
-    assert len(calls) == 5
+    assert len(calls) == 7
     (tmp_path / "parts" / "measured" / "model.loss.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ncn.UserError, match=r"model\.loss\.safetensors cannot be read .*; remove it"):
         measured(tmp_path / "parts")
+
+
+def test_the_other_sliders_can_be_held(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, model = ncn.TokenDataset.open(data), small(sliders=["length", "dialogue"])
+    given: list[torch.Tensor] = []
+
+    def recorded(model: Any, prompts: torch.Tensor, sliders: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        given.append(sliders)
+        return [[1, 2]] * len(prompts)
+
+    monkeypatch.setattr(steering_run, "write_stories", recorded)
+    for others in (None, 0.5):
+        steer({"model": model}, opened.tokenizer(), opened, tmp_path, prompts=1, seeds=1, others=others)
+    assert all(sliders[:, 0, 0].tolist() == pytest.approx(SETTINGS) for sliders in given[::2])
+    assert given[0][:, 0, 1].isnan().all()
+    assert given[1][:, 0, 0].isnan().all()
+    assert (given[2][:, 0, 1] == 0.5).all()
+    assert (given[3][:, 0, 0] == 0.5).all()
 
 
 def test_losses_are_those_of_evaluation_and_differences_have_intervals(data: Path) -> None:
@@ -240,6 +261,7 @@ def wrong_uses(data: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any], str
     yield {"one": small(sliders=["calm"])}, {}, "no attribute 'calm'"
     yield {"one": model}, {"prompts": 100}, "100 prompts were asked for, and the data has 58 documents that long"
     yield {"one": model}, {"guidances": [0.0]}, "a guidance must be above 0"
+    yield {"one": model}, {"others": 2.0}, "cannot be set to 2.0: a slider lies from 0 to 1"
     yield {"one": model}, {"without": {"two": awake(config())}}, "two has a vocabulary of 23"
 
 

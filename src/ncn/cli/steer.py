@@ -31,6 +31,9 @@ def steer(
     ] = None,
     prompts: Annotated[int, typer.Option(help="Beginnings of documents to go on from.")] = 200,
     seeds: Annotated[int, typer.Option(help="Stories for each beginning and value.")] = 3,
+    others: Annotated[
+        float | None, typer.Option(help="What the sliders that are not measured are set to. Default: unset.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Stories written at once.")] = 300,
 ) -> None:
     """Measure what each slider does: it is set to seven values, and the stories that come out are measured.
@@ -45,8 +48,8 @@ def steer(
     def named(paths: list[str]) -> dict[str, str]:
         return {Path(path).resolve().name if Path(path).exists() else path: path for path in paths}
 
-    models, others = named([model, *(against or [])]), named(without or [])
-    if len({*models, *others}) != 1 + len(against or []) + len(without or []):
+    models, plain = named([model, *(against or [])]), named(without or [])
+    if len({*models, *plain}) != 1 + len(against or []) + len(without or []):
         raise UserError("two models have the same name: give each folder a name of its own")
     _, tokenizer = load(model)
     judging = None if judge is None else load(judge)
@@ -55,11 +58,12 @@ def steer(
         tokenizer,
         TokenDataset.open(data),
         out,
-        without={label: load(path)[0] for label, path in others.items()},
+        without={label: load(path)[0] for label, path in plain.items()},
         judge=judging,
         prompts=prompts,
         seeds=seeds,
         guidances=guidance or [1.0],
+        others=others,
         batch_size=batch_size,
         progress=True,
     )

@@ -25,10 +25,11 @@ def steering_page(results: Mapping[str, Any]) -> str:
     """Markdown without its first heading."""
     models = results["models"]
     several, guided = len(models) > 1, len(results["guidances"]) > 1
+    others = "unset" if results["others"] is None else f"at {results['others']:g}"
     parts = [
         f"{results['prompts']} beginnings of held-out documents ({results['prompt_tokens']} tokens) were continued "
-        f"{results['seeds']} times at each of {len(results['settings'])} values of every slider, the others unset, at "
-        f"temperature {results['temperature']:g}, up to {results['longest']} tokens. What came out was measured and "
+        f"{results['seeds']} times at each of {len(results['settings'])} values of every slider, the others {others}, "
+        f"at temperature {results['temperature']:g}, up to {results['longest']} tokens. What came out was measured and "
         "ranked among the documents of the training data, so that both the slider and the attribute go from 0 to 1.",
         _models(results),
         "## Obedience",
@@ -99,7 +100,7 @@ def _obedience(results: Mapping[str, Any]) -> str:
         row = [
             *first,
             _with_interval(found["spearman"]),
-            f"{found['spearman_of_means']:+.2f}",
+            _signed(found["spearman_of_means"]),
             _with_interval(found["slope"]),
         ]
         if several:
@@ -118,7 +119,7 @@ def _leakage(results: Mapping[str, Any]) -> str:
             [
                 *first,
                 *(
-                    "–" if name is None else f"{leaks[name][kind]:+.2f} ({name})"
+                    "–" if name is None else f"{_signed(leaks[name][kind])} ({name})"
                     for kind, name in zip(_KINDS, strongest, strict=True)
                 ),
                 f"{sum(abs(leak['value']) for leak in leaks.values()) / max(len(leaks), 1):.2f}",
@@ -183,7 +184,11 @@ def _losses(results: Mapping[str, Any]) -> str:
 
 
 def _with_interval(found: Mapping[str, float], digits: int = 2) -> str:
-    return f"{found['value']:+.{digits}f} [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
+    return f"{_signed(found['value'], digits)} [{_signed(found['low'], digits)}, {_signed(found['high'], digits)}]"
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def _range(values: list[float], digits: int = 2) -> str:

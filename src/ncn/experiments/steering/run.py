@@ -81,6 +81,7 @@ class Plan:
     batch_size: int
     loss_tokens: int
     longest: int
+    others: float | None
     quantiles: dict[str, Array] = field(init=False)
     counts: Array = field(init=False)
     documents: list[list[int]] = field(init=False)
@@ -104,17 +105,19 @@ class Plan:
 
     @property
     def stories(self) -> int:
-        """Written for one slider of one model at one guidance."""
-        return len(SETTINGS) * self.seeds * self.prompts
+        """Written for one slider of one model at one guidance with one seed."""
+        return len(SETTINGS) * self.prompts
 
     def identity(self, model: ModulatedTransformer, **facts: Any) -> str:
         """All that an answer depends on."""
         judge = None if self.judge is None else fingerprint(self.judge[0])
         everything = {
             "format": 2, "model": fingerprint(model), "data": self.data.fingerprint, "prompts": self.prompts,
-            "seeds": self.seeds, "temperature": self.temperature, "judge": judge, "longest": self.longest,
+            "temperature": self.temperature, "judge": judge, "longest": self.longest,
             "loss_tokens": self.loss_tokens, "batch_size": self.batch_size,
         }  # fmt: skip
+        if self.others is not None:
+            facts["others"] = self.others
         return json.dumps(everything | facts)
 
 
@@ -130,13 +133,14 @@ def steer(
     seeds: int = 3,
     guidances: Sequence[float] = (1.0,),
     temperature: float = 0.8,
+    others: float | None = None,
     batch_size: int = 300,
     loss_tokens: int = 250_000,
     progress: bool = False,
 ) -> Steering:
     """Write stories with every slider at seven values, and measure them.
 
-    What is measured for one slider of one model is kept in `folder`/measured, and not measured again.
+    What is measured for one slider of one model with one seed is kept in `folder`/measured, and not measured again.
 
     Args:
         models: with the same tokenizer and sliders, by name; the others are compared with the first.
@@ -147,6 +151,7 @@ def steer(
         seeds: stories written for each prompt and value.
         guidances: each makes stories of its own.
         temperature: of sampling; all tokens may be drawn.
+        others: what the other sliders are set to; by default they are unset.
         batch_size: stories written at once.
         loss_tokens: held-out tokens for the losses.
 
@@ -158,86 +163,90 @@ def steer(
     DocumentSliders(data, names)  # refuses data that does not have them
     if not all(guidance > 0 for guidance in guidances):
         raise UserError("a guidance must be above 0; 1 is the model as it is")
+    if others is not None and not 0 <= others <= 1:
+        raise UserError(f"the other sliders cannot be set to {others}: a slider lies from 0 to 1")
     longest = min(model.config.context_length for model in models.values())
     plan = Plan(
         data, tokenizer, names, prompts, seeds, temperature, judge, Path(folder) / "measured", batch_size, loss_tokens,
-        longest,
+        longest, others,
     )  # fmt: skip
-    others = dict(without or {})
-    _check_vocabularies({**models, **others}, tokenizer)
+    plain = dict(without or {})
+    _check_vocabularies({**models, **plain}, tokenizer)
     plan.folder.mkdir(parents=True, exist_ok=True)
     losses = {label: _losses(plan, label, model, names) for label, model in models.items()}
-    losses |= {label: _losses(plan, label, model, ()) for label, model in others.items()}
-    units = list(itertools.product(models, range(len(names)), guidances))
-    answers: dict[tuple[str, int, float], Arrays] = {}
+    losses |= {label: _losses(plan, label, model, ()) for label, model in plain.items()}
+    units = list(itertools.product(range(seeds), models, range(len(names)), guidances))
+    answers: dict[tuple[str, int, float], list[Arrays]] = {}
     with ProgressReport("write", len(units) * plan.stories, progress) as bar:
         tokens = 0
-        for done, (label, index, guidance) in enumerate(units):
-            path = plan.folder / f"{label}.{names[index]}.{guidance:g}.safetensors"
-            identity = plan.identity(models[label], slider=names[index], guidance=guidance)
+        for done, (seed, label, index, guidance) in enumerate(units):
+            path = plan.folder / f"{label}.{names[index]}.{guidance:g}.{seed}.safetensors"
+            identity = plan.identity(models[label], slider=names[index], guidance=guidance, seed=seed)
             kept = _kept(path, identity)
             if kept is None:
-                parts = _answer(plan, models[label], index, guidance)
+                parts = _Answer(plan, models[label], index, guidance, seed)
                 for written, size in parts:
                     tokens += size
                     bar.update(done * plan.stories + written, tokens)
                 kept = parts.result
                 write_atomically(path, save(kept, metadata={"identity": identity}))
-            answers[label, index, guidance] = kept
+            answers.setdefault((label, index, guidance), []).append(kept)
             bar.update((done + 1) * plan.stories, tokens)
-    return Steering(_results(plan, models, others, losses, answers, guidances))
+    return Steering(_results(plan, models, plain, losses, answers, guidances))
 
 
-class _answer:
-    """Stories of one slider of one model: iterating writes and measures them, and gives how many stories there are so
-    far and how many tokens were written since; `result` is then what is kept."""
+class _Answer:
+    """Stories of one slider of one model with one seed: iterating writes and measures them, and gives how many stories
+    there are so far and how many tokens were written since; `result` is then what is kept."""
 
-    def __init__(self, plan: Plan, model: ModulatedTransformer, index: int, guidance: float) -> None:
-        self.plan, self.model, self.index, self.guidance = plan, model, index, guidance
+    def __init__(self, plan: Plan, model: ModulatedTransformer, index: int, guidance: float, seed: int) -> None:
+        self.plan, self.model, self.index, self.guidance, self.seed = plan, model, index, guidance, seed
         self.result: Arrays = {}
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         plan, room = self.plan, self.plan.longest - PROMPT_TOKENS - 1
-        generator = torch.Generator().manual_seed(0)
-        uniform = torch.rand(plan.seeds, plan.prompts, room, generator=generator)
+        uniform = torch.rand(plan.prompts, room, generator=torch.Generator().manual_seed(self.seed))
         twin = one_document_a_row(self.model)
-        rows = list(itertools.product(range(len(SETTINGS)), range(plan.seeds), range(plan.prompts)))
-        sliders = torch.full((len(rows), 1, len(plan.sliders)), math.nan)
-        sliders[:, 0, self.index] = torch.tensor([SETTINGS[setting] for setting, _, _ in rows])
-        places, beginnings = torch.tensor(rows), plan.beginnings
+        settings = torch.arange(len(SETTINGS)).repeat_interleave(plan.prompts)
+        prompts = torch.arange(plan.prompts).repeat(len(SETTINGS))
+        sliders = torch.full((plan.stories, 1, len(plan.sliders)), math.nan if plan.others is None else plan.others)
+        sliders[:, 0, self.index] = torch.tensor(SETTINGS)[settings]
+        beginnings = plan.beginnings
         stories: list[list[int]] = []
-        for first in range(0, len(rows), plan.batch_size):
-            batch = places[first : first + plan.batch_size]
+        for first in range(0, plan.stories, plan.batch_size):
+            rows = slice(first, first + plan.batch_size)
             stories += write_stories(
-                twin, beginnings[batch[:, 2]], sliders[first : first + plan.batch_size],
-                uniform[batch[:, 1], batch[:, 2]],
+                twin, beginnings[prompts[rows]], sliders[rows], uniform[prompts[rows]],
                 stop_id=plan.tokenizer.separator_id, temperature=plan.temperature, guidance=self.guidance,
             )  # fmt: skip
-            yield len(stories), sum(map(len, stories[-len(batch) :]))
-        self.result = _measured(plan, stories)
+            yield len(stories), sum(map(len, stories[first:]))
+        self.result = _measured(plan, stories, judged=self.seed == 0)
 
 
-def _measured(plan: Plan, stories: list[list[int]]) -> Arrays:
-    """Of stories in order of (settings, seeds, prompts): their ranks, the share that the context cut off, the share of
-    different runs of tokens, and bits per byte under the judge, of the stories of the first seed."""
-    shape = (len(SETTINGS), plan.seeds, plan.prompts)
+def _measured(plan: Plan, stories: list[list[int]], *, judged: bool) -> Arrays:
+    """Of stories in order of (settings, prompts): their ranks (attributes, settings, prompts), and at every setting the
+    share that the context cut off, the share of different runs of tokens, and bits per byte under the judge."""
+    shape = (len(SETTINGS), plan.prompts)
     texts = [plan.tokenizer.decode(ids) for ids in stories]
     measured = [measure(text, np.array(ids), plan.counts) for text, ids in zip(texts, stories, strict=True)]
     ranks = np.stack(
         [
-            rank(np.array([story[name] for story in measured]), quantiles).reshape(shape).swapaxes(0, 1)
+            rank(np.array([story[name] for story in measured]), quantiles).reshape(shape)
             for name, quantiles in plan.quantiles.items()
         ]
     )
-    cut = np.array([len(ids) == plan.longest - 1 for ids in stories]).reshape(shape).mean((1, 2))
-    by_setting = [stories[i : i + plan.seeds * plan.prompts] for i in range(0, len(stories), plan.seeds * plan.prompts)]
+    starts = range(0, len(stories), plan.prompts)
+    by_setting = [stories[start : start + plan.prompts] for start in starts]
     size = min(_DISTINCT_TOKENS, *(sum(map(len, part)) for part in by_setting))
-    variety = np.array([[distinct(part, run, size) for part in by_setting] for run in DISTINCT])
-    result = {"ranks": ranks.astype(np.float32), "cut": cut, "distinct": variety, "distinct_tokens": np.array([size])}
-    if plan.judge is not None:
-        firsts = [texts[i * plan.seeds * plan.prompts :][: plan.prompts] for i in range(len(SETTINGS))]
-        result["bits_per_byte"] = np.array([bits_per_byte(*plan.judge, part) for part in firsts])
-    return {name: np.ascontiguousarray(values) for name, values in result.items()}
+    result = {
+        "ranks": ranks.astype(np.float32),
+        "cut": np.array([len(ids) == plan.longest - 1 for ids in stories]).reshape(shape).mean(1),
+        "distinct": np.array([[distinct(part, run, size) for part in by_setting] for run in DISTINCT]),
+    }
+    if plan.judge is not None and judged:
+        judge = plan.judge
+        result["bits_per_byte"] = np.array([bits_per_byte(*judge, texts[s : s + plan.prompts]) for s in starts])
+    return result
 
 
 def _losses(plan: Plan, label: str, model: ModulatedTransformer, names: tuple[str, ...]) -> Arrays:
@@ -267,7 +276,7 @@ def _results(
     models: Mapping[str, ModulatedTransformer],
     without: Mapping[str, ModulatedTransformer],
     losses: Mapping[str, Arrays],
-    answers: Mapping[tuple[str, int, float], Arrays],
+    answers: Mapping[tuple[str, int, float], Sequence[Arrays]],
     guidances: Sequence[float],
 ) -> dict[str, Any]:
     attributes, first = list(plan.quantiles), next(iter(models))
@@ -298,15 +307,16 @@ def _results(
         }
         for (index, name), guidance in itertools.product(enumerate(plan.sliders), guidances):
             kept = answers[label, index, guidance]
-            ranks = kept["ranks"].astype(np.float64)
+            ranks, row = _ranks(kept), attributes.index(name)
             described = describe(name, attributes, ranks, corpus[name])
-            described["cut"] = kept["cut"].tolist()
-            described["distinct"] = dict(zip(map(str, DISTINCT), kept["distinct"].tolist(), strict=True))
-            if "bits_per_byte" in kept:
-                described["bits_per_byte"] = kept["bits_per_byte"].tolist()
+            described["cut"] = np.mean([part["cut"] for part in kept], 0).tolist()
+            variety = np.mean([part["distinct"] for part in kept], 0).tolist()
+            described["distinct"] = dict(zip(map(str, DISTINCT), variety, strict=True))
+            if "bits_per_byte" in kept[0]:
+                described["bits_per_byte"] = kept[0]["bits_per_byte"].tolist()
             if label != first:
-                reference = answers[first, index, guidance]["ranks"][attributes.index(name)].astype(np.float64)
-                draws = resampled_spearman(reference) - resampled_spearman(ranks[attributes.index(name)])
+                reference = _ranks(answers[first, index, guidance])[row]
+                draws = resampled_spearman(reference) - resampled_spearman(ranks[row])
                 value = found[first]["sliders"][name][f"{guidance:g}"]["spearman"]["value"]
                 described["first_minus_this"] = {"value": value - described["spearman"]["value"], **interval(draws)}
             found[label]["sliders"].setdefault(name, {})[f"{guidance:g}"] = described
@@ -316,6 +326,7 @@ def _results(
         "prompts": plan.prompts,
         "prompt_tokens": PROMPT_TOKENS,
         "seeds": plan.seeds,
+        "others": plan.others,
         "temperature": plan.temperature,
         "guidances": [f"{guidance:g}" for guidance in guidances],
         "longest": plan.longest,
@@ -326,6 +337,12 @@ def _results(
         "corpus": corpus,
         "environment": describe_environment(torch.device("cpu")),
     }
+
+
+def _ranks(kept: Sequence[Arrays]) -> Array:
+    """Of all seeds: (attributes, seeds, settings, prompts)."""
+    ranks: Array = np.stack([part["ranks"] for part in kept], 1).astype(np.float64)
+    return ranks
 
 
 def _real(plan: Plan) -> dict[str, Any]:
