@@ -106,14 +106,18 @@ def document_losses(
         for inputs, targets in dataset.windows(context or model.config.context_length, batch_size):
             losses = model.token_losses(inputs.to(device), targets.to(device)).cpu()
             found.append(losses[targets != IGNORED].double().numpy())
-    losses_in_order, starts = np.concatenate(found), dataset.document_starts()  # of the tokens after the first
-    decode = dataset.tokenizer().decode
+    return by_document(np.concatenate(found), dataset)
+
+
+def by_document(losses: npt.NDArray[np.float64], dataset: TokenDataset) -> DocumentLosses:
+    """The losses of a dataset's tokens in order, its first one left out, added up for each document."""
+    starts, decode = dataset.document_starts(), dataset.tokenizer().decode
     bounds = [*starts.tolist(), dataset.tokens]
     sizes = [len(decode(dataset.read(a + 1, b - a - 1).tolist()).encode()) for a, b in itertools.pairwise(bounds)]
     ends = np.cumsum(sizes)
     exact = ends if ends[-1] == dataset.text_bytes else np.rint(ends * (dataset.text_bytes / ends[-1]))
     return DocumentLosses(
-        nats=np.add.reduceat(losses_in_order, starts),
+        nats=np.add.reduceat(losses, starts),
         tokens=np.diff(np.append(starts, dataset.tokens - 1)),
         bytes=np.diff(exact, prepend=0).astype(np.int64),
     )

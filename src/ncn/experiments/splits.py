@@ -73,6 +73,18 @@ def make_splits(folder: Path, data: str, valid: str, vocab_size: int, *, progres
     return Splits(train, tuning, validation)
 
 
+def first_documents(whole: TokenDataset, folder: Path, tokens: int) -> TokenDataset:
+    """The first documents of `whole`, about `tokens` tokens of them, as a new dataset; all of it where it is no
+    longer. Raises `UserError` where the folder holds something else."""
+    starts = whole.document_starts()
+    count = int(np.searchsorted(starts, tokens))
+    if count >= len(starts):
+        return whole
+    border = int(starts[count])
+    _write_part(whole, folder, (0, border), documents=count, text_bytes=_text_bytes(whole, 0, border))
+    return TokenDataset.open(folder)
+
+
 def hold_out(whole: TokenDataset, train: Path, tuning: Path) -> tuple[TokenDataset, TokenDataset]:
     """Two new datasets: the last documents of `whole`, about a twentieth of its tokens, and those before them.
 
@@ -88,12 +100,17 @@ def hold_out(whole: TokenDataset, train: Path, tuning: Path) -> tuple[TokenDatas
             f"{whole.folder} has {whole.tokens:,} tokens in {whole.documents:,} documents: too few to hold a tuning "
             f"split of {wanted:,} tokens out; give more text"
         )
-    decode = whole.tokenizer().decode
-    bounds = [*starts[first:].tolist(), whole.tokens]
-    held = sum(len(decode(whole.read(a + 1, b - a - 1).tolist()).encode()) for a, b in itertools.pairwise(bounds))
+    held = _text_bytes(whole, border, whole.tokens)
     _write_part(whole, train, (0, border), documents=first, text_bytes=whole.text_bytes - held)
     _write_part(whole, tuning, (border, whole.tokens), documents=whole.documents - first, text_bytes=held)
     return TokenDataset.open(train), TokenDataset.open(tuning)
+
+
+def _text_bytes(whole: TokenDataset, start: int, end: int) -> int:
+    """UTF-8 bytes of the text of the documents from token `start` to `end`."""
+    decode, starts = whole.tokenizer().decode, whole.document_starts()
+    bounds = [*starts[(starts >= start) & (starts < end)].tolist(), end]
+    return sum(len(decode(whole.read(a + 1, b - a - 1).tolist()).encode()) for a, b in itertools.pairwise(bounds))
 
 
 def _write_part(whole: TokenDataset, folder: Path, place: tuple[int, int], *, documents: int, text_bytes: int) -> None:
