@@ -14,11 +14,13 @@ import torch
 
 import ncn
 from ncn.evaluate import by_document
+from ncn.experiments import adapt_costs
 from ncn.experiments.adapt import run_adaptation, weights_sha256
 from ncn.experiments.adapt_report import summarise
 from ncn.experiments.adapt_run import Lesson, losses_of, train_adapter
 from ncn.prepare import prepare
 from ncn.retrofit.adapters import METHODS, Adapted, adapt, matched_sizes
+from ncn.retrofit.model import load_base
 from retrofits import base as tiny_base
 from retrofits import ids
 from tiny import prepare_text, stories
@@ -67,7 +69,10 @@ def run(place: Path, out: Path, **options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def finished(place: Path) -> Path:
-    run(place, place / "experiment")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(adapt_costs, "ROUNDS", 2)
+        patched.setattr(adapt_costs, "CONTINUED", 4)
+        run(place, place / "experiment")
     return place / "experiment"
 
 
@@ -134,7 +139,7 @@ def test_losses_are_those_of_the_library(place: Path) -> None:
 
 
 def test_a_whole_experiment(place: Path, finished: Path) -> None:
-    before = weights_sha256(ncn.retrofit.model.load_base(place / "base"))  # type: ignore[attr-defined]
+    before = weights_sha256(load_base(place / "base"))
     facts = json.loads((finished / "adaptation.json").read_text())
     assert facts["base_sha256"] == before
     summary = json.loads((finished / "report" / "summary.json").read_text())
@@ -150,7 +155,7 @@ def test_a_whole_experiment(place: Path, finished: Path) -> None:
     page = (finished / "report" / "adaptation.md").read_text()
     assert "What it costs" in page
     assert (finished / "report" / "adaptation.html").is_file()
-    handle = ncn.load_controller(ncn.retrofit.model.load_base(place / "base"), finished / "adapters" / "ncn-seed1")  # type: ignore[attr-defined]
+    handle = ncn.load_controller(load_base(place / "base"), finished / "adapters" / "ncn-seed1")
     assert handle.num_parameters() == summary["methods"]["ncn"]["parameters"]
     costs = json.loads((finished / "costs.json").read_text())
     assert set(costs["decoding"]) == {"base", *METHODS}

@@ -128,9 +128,10 @@ def run_adaptation(
         best = {method: experiment.tune(method) for method in plan.methods}
         for seed, method in itertools.product(plan.seeds, plan.methods):
             experiment.run(method, best[method], seed)
-        if not (plan.out / "costs.json").is_file():
+        costs = plan.out / "costs.json"
+        if not (costs.is_file() and read_json(costs)["step"].keys() >= set(plan.methods)):
             say("time of a step and of decoding, in turns")
-            write_json(plan.out / "costs.json", measure_costs(plan.fresh, plan.lesson(1e-4, 1), plan.methods, stopped))
+            write_json(costs, measure_costs(plan.fresh, plan.lesson(1e-4, 1), plan.methods, stopped))
     return write_report(plan.out, plan.methods, plan.seeds)
 
 
