@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +38,8 @@ def write_report(folder: Path, methods: Sequence[Method], seeds: Sequence[int]) 
     """
     facts, costs = read_json(folder / "adaptation.json"), read_json(folder / "costs.json")
     runs = [read_json(path) for path in sorted((folder / "runs").glob("*.json"))]
-    summary = summarise(facts, runs, methods, seeds) | {"costs": costs}
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    summary = summarise(facts, runs, methods, seeds) | {"costs": costs, "command": command}
     from ncn.plot.ab import Difference, differences, rate_sweep
     from ncn.plot.adapt import draw_trade
 
@@ -214,7 +217,7 @@ def _page(summary: Mapping[str, Any]) -> str:
         f"and disturbs it. Losses are on {texts['new']['documents']:,} documents ({texts['new']['tokens']:,} tokens) "
         f"of the new domain and {texts['old']['documents']:,} ({texts['old']['tokens']:,} tokens) of the old one, "
         "which chose nothing.",
-        origin(facts["environment"]),
+        origin(facts["environment"], summary["command"]),
     ]
     return "\n\n".join(sections)
 
