@@ -52,6 +52,7 @@ def write_report(folder: Path, methods: Sequence[Method], seeds: Sequence[int]) 
             for method, found in summary["methods"].items()
         },
         out / "rates.png",
+        one="the method's own",
     )
     files = [out / "summary.json", out / "trade.png", out / "rates.png"]
     if summary["differences"]:
@@ -263,7 +264,7 @@ def _costs(summary: Mapping[str, Any]) -> str:
         f"In each of {costs['rounds']} rounds every method took one training step and wrote {costs['written']} tokens "
         f"after a prompt of {costs['prompt']} with `generate`, one text at a time; the base wrote {base:.1f} tokens a "
         "second. Ratios are within a round, with 95 % intervals. Fully fine-tuned, the base decodes by the same "
-        "computation as before, so that the last row's ratio shows the error of these. LoRA and IA3 are measured "
+        "computation as before, so that its ratio shows the error of the others'. LoRA and IA3 are measured "
         "beside the weights; merged into them they cost nothing in decoding.\n\n"
         + table(
             [
