@@ -183,13 +183,18 @@ def bits_per_byte(model: ModulatedTransformer, tokenizer: Tokenizer, texts: Iter
 
 
 def signal_means(
-    model: ModulatedTransformer, dataset: TokenDataset, *, max_tokens: int = 50_000, batch_size: int = 16
+    model: ModulatedTransformer,
+    dataset: TokenDataset,
+    *,
+    context: int | None = None,
+    max_tokens: int = 50_000,
+    batch_size: int = 16,
 ) -> dict[str, Tensor]:
     """Each signal's mean over the tokens of a text, for every layer (and head): shape (1, 1, layers[, sites])."""
     sums: dict[str, Tensor] = {}
     tokens = 0
     with torch.inference_mode(), _evaluating(model, None) as device:
-        for inputs, targets in dataset.windows(model.config.context_length, batch_size):
+        for inputs, targets in dataset.windows(context or model.config.context_length, batch_size):
             signals = model(inputs.to(device), output_signals=True).signals or {}
             kept = (targets != IGNORED).to(device)
             for name, signal in signals.items():
@@ -210,7 +215,7 @@ def causal_value(
     Frozen at neutral, a signal has no effect at all; frozen at its mean (for every layer and head), it has an effect
     that no longer depends on the token. What freezing costs is what the signal is worth.
     """
-    means = signal_means(model, dataset)
+    means = signal_means(model, dataset, context=options.get("context"))
     neutral = {name: torch.full_like(mean, SIGNALS[name].neutral) for name, mean in means.items()}
     chosen: Mapping[str, Sequence[str]] = {"all": list(means), **({n: [n] for n in means} if len(means) > 1 else {})}
     return {
