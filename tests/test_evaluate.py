@@ -149,6 +149,15 @@ def test_causal_value_freezes_each_signal_and_all(model: ModulatedTransformer, d
     assert len(losses) == 10
 
 
+def test_the_means_are_those_of_the_windows_that_are_evaluated(
+    model: ModulatedTransformer, dataset: TokenDataset
+) -> None:
+    means = signal_means(model, dataset, context=8)
+    expected = evaluate(model, dataset, context=8, frozen=means)
+    assert causal_value(model, dataset, context=8)["all"]["mean"].loss == expected.loss
+    assert not torch.equal(means["gain"], signal_means(model, dataset)["gain"])
+
+
 def test_the_mean_is_over_the_tokens_of_the_text(model: ModulatedTransformer, dataset: TokenDataset) -> None:
     tokens = stream(dataset)
     seen: dict[str, list[torch.Tensor]] = {}

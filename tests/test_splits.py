@@ -7,7 +7,7 @@ import pytest
 
 from ncn.data import TokenDataset
 from ncn.errors import UserError
-from ncn.experiments.splits import TUNING_TOKENS, hold_out, make_splits
+from ncn.experiments.splits import TUNING_TOKENS, first_documents, hold_out, make_splits
 from tiny import prepare_text, stories
 
 
@@ -31,6 +31,18 @@ def test_the_two_parts_are_the_whole(whole: TokenDataset, tmp_path: Path) -> Non
     assert len(text.encode()) == tuning.text_bytes
     wanted = max(TUNING_TOKENS[0], round(0.05 * whole.tokens))
     assert wanted <= tuning.tokens < wanted + 1000
+
+
+def test_the_first_documents_are_whole_ones(whole: TokenDataset, tmp_path: Path) -> None:
+    part = first_documents(whole, tmp_path / "part", 2_000)
+    assert (part.read(0, part.tokens) == whole.read(0, part.tokens)).all()
+    assert whole.document_starts()[part.documents] == part.tokens
+    assert whole.document_starts()[part.documents - 1] < 2_000 <= part.tokens
+    texts = part.tokenizer().decode(part.read(0, part.tokens).tolist()).split("<|endoftext|>")[1:]
+    assert len(texts) == part.documents
+    assert len("".join(texts).encode()) == part.text_bytes
+    part.verify()
+    assert first_documents(whole, tmp_path / "all", whole.tokens) is whole
 
 
 def test_again_it_is_the_same_and_other_data_is_refused(whole: TokenDataset, tmp_path: Path) -> None:

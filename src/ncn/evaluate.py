@@ -121,14 +121,18 @@ def document_losses(
             losses = model.token_losses(inputs.to(device), targets.to(device), control=control).cpu()
             place += inputs.numel()
             found.append(losses[targets != IGNORED].double().numpy())
-    losses_in_order, starts = np.concatenate(found), dataset.document_starts()  # of the tokens after the first
-    decode = dataset.tokenizer().decode
+    return by_document(np.concatenate(found), dataset)
+
+
+def by_document(losses: npt.NDArray[np.float64], dataset: TokenDataset) -> DocumentLosses:
+    """The losses of a dataset's tokens in order, its first one left out, added up for each document."""
+    starts, decode = dataset.document_starts(), dataset.tokenizer().decode
     bounds = [*starts.tolist(), dataset.tokens]
     sizes = [len(decode(dataset.read(a + 1, b - a - 1).tolist()).encode()) for a, b in itertools.pairwise(bounds)]
     ends = np.cumsum(sizes)
     exact = ends if ends[-1] == dataset.text_bytes else np.rint(ends * (dataset.text_bytes / ends[-1]))
     return DocumentLosses(
-        nats=np.add.reduceat(losses_in_order, starts),
+        nats=np.add.reduceat(losses, starts),
         tokens=np.diff(np.append(starts, dataset.tokens - 1)),
         bytes=np.diff(exact, prepend=0).astype(np.int64),
     )
@@ -194,13 +198,18 @@ def bits_per_byte(model: ModulatedTransformer, tokenizer: Tokenizer, texts: Iter
 
 
 def signal_means(
-    model: ModulatedTransformer, dataset: TokenDataset, *, max_tokens: int = 50_000, batch_size: int = 16
+    model: ModulatedTransformer,
+    dataset: TokenDataset,
+    *,
+    context: int | None = None,
+    max_tokens: int = 50_000,
+    batch_size: int = 16,
 ) -> dict[str, Tensor]:
     """Each signal's mean over the tokens of a text, for every layer (and head): shape (1, 1, layers[, sites])."""
     sums: dict[str, Tensor] = {}
     tokens = 0
     with torch.inference_mode(), _evaluating(model, None) as device:
-        for inputs, targets in dataset.windows(model.config.context_length, batch_size):
+        for inputs, targets in dataset.windows(context or model.config.context_length, batch_size):
             signals = model(inputs.to(device), output_signals=True).signals or {}
             kept = (targets != IGNORED).to(device)
             for name, signal in signals.items():
@@ -221,7 +230,7 @@ def causal_value(
     Frozen at neutral, a signal has no effect at all; frozen at its mean (for every layer and head), it has an effect
     that no longer depends on the token. What freezing costs is what the signal is worth.
     """
-    means = signal_means(model, dataset)
+    means = signal_means(model, dataset, context=options.get("context"))
     neutral = {name: torch.full_like(mean, SIGNALS[name].neutral) for name, mean in means.items()}
     chosen: Mapping[str, Sequence[str]] = {"all": list(means), **({n: [n] for n in means} if len(means) > 1 else {})}
     return {

@@ -80,7 +80,7 @@ def compare(experiment: Experiment) -> dict[str, Any]:
         found: dict[str, Any] = {"arm": arm.name, "other": other.name, "seeds": seeds}
         for measure in MEASURES:
             per_seed, estimate = losses.difference(measure, runs, others)
-            found[measure] = _entry(per_seed, estimate)
+            found[measure] = entry(per_seed, estimate)
         found["p"] = found["bits_per_byte"].pop("p")
         for measure in MEASURES[1:]:
             del found[measure]["p"]
@@ -161,7 +161,7 @@ def equal_cost(experiment: Experiment) -> list[dict[str, Any]]:
                 budget = min(ours[-1, 0] * cost(ncn), theirs[-1, 0] * cost(control))
                 gaps.append(_loss_at(ours, budget / cost(ncn)) - _loss_at(theirs, budget / cost(control)))
             values = np.array(gaps) * experiment.nats_to_bits_per_byte
-            row[kind] = _entry(values, intervals(values)) | {"cost_ratio": cost(ncn) / cost(control)}
+            row[kind] = entry(values, intervals(values)) | {"cost_ratio": cost(ncn) / cost(control)}
         found.append(row)
     return found
 
@@ -192,7 +192,7 @@ def tokens_saved(experiment: Experiment, control: Arm) -> dict[str, Any] | None:
         for seed in common_seeds(experiment, ncn, control)
     ]
     shares = np.array([_saved(*pair) for pair in curves if min(map(len, pair)) > 1])
-    return _entry(shares, intervals(shares)) if len(shares) else None
+    return entry(shares, intervals(shares)) if len(shares) else None
 
 
 def _saved(ours: Points, theirs: Points) -> float:
@@ -267,7 +267,8 @@ def _describe(experiment: Experiment, arm: Arm) -> dict[str, Any]:
     }
 
 
-def _entry(per_seed: NDArray[np.float64] | Sequence[float], estimate: Any) -> dict[str, Any]:
+def entry(per_seed: NDArray[np.float64] | Sequence[float], estimate: Any) -> dict[str, Any]:
+    """An estimate for JSON: mean, interval and p-value, None where they do not exist, and the value for each seed."""
     numbers = {name: float(getattr(estimate, name)) for name in ("mean", "low", "high", "p")}
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()} | {
         "per_seed": [float(value) for value in per_seed]

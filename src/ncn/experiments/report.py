@@ -73,7 +73,7 @@ def warnings(experiment: Experiment, summary: Mapping[str, Any]) -> list[str]:
                 "a better one may lie beyond it."
             )
     found += [
-        f"The A/A pair, which differs by chance alone, differs by {_interval(row['bits_per_byte'])} bits per byte. "
+        f"The A/A pair, which differs by chance alone, differs by {interval_text(row['bits_per_byte'])} bits per byte. "
         "That happens once in twenty experiments; otherwise the noise is larger than it seems here."
         for row in summary["again"]
         if row["p"] is not None and row["p"] < 0.05
@@ -195,11 +195,11 @@ def _differences_section(experiment: Experiment, summary: Mapping[str, Any], fig
     parts.append(
         table(header, ([
             _pair(experiment, row),
-            _interval(row["bits_per_byte"]),
-            _interval(row["nats_per_token"], short=True),
-            _interval(row["perplexity"], 3, short=True),
-            _p(row["p"]),
-            _p(row["holm_p"]),
+            interval_text(row["bits_per_byte"]),
+            interval_text(row["nats_per_token"], short=True),
+            interval_text(row["perplexity"], 3, short=True),
+            p_text(row["p"]),
+            p_text(row["holm_p"]),
         ] for row in rows))
     )  # fmt: skip
     if summary["best_control"]:
@@ -233,7 +233,7 @@ def _curves_section(experiment: Experiment, summary: Mapping[str, Any], figures:
         return ""
     parts = ["## Learning curves", f"![Validation loss by tokens seen]({figures['curves']})"]
     rows = [
-        [f"NCN against {experiment.arms[name].label}", _percent(saved), _p(saved["p"])]
+        [f"NCN against {experiment.arms[name].label}", _percent(saved), p_text(saved["p"])]
         for name, saved in summary["tokens_saved"].items()
     ]
     if rows:
@@ -256,7 +256,7 @@ def _cost_section(experiment: Experiment, summary: Mapping[str, Any]) -> str:
         return ""
     rows = [
         [_pair(experiment, row),
-         *(_interval(row[kind], short=True) for kind in kinds),
+         *(interval_text(row[kind], short=True) for kind in kinds),
          *(f"{row[kind]['cost_ratio'] - 1:+.1%}".replace("-", "−") for kind in kinds if kind != "tokens")]
         for row in found
     ]  # fmt: skip
@@ -315,7 +315,7 @@ def _pair(experiment: Experiment, row: Mapping[str, Any]) -> str:
     return f"{experiment.arms[row['arm']].label} − {experiment.arms[row['other']].label}"
 
 
-def _interval(estimate: Mapping[str, Any], digits: int = 4, *, short: bool = False) -> str:
+def interval_text(estimate: Mapping[str, Any], digits: int = 4, *, short: bool = False) -> str:
     """ "−0.0123 (−0.0160, −0.0086)", or "−0.0123 ± 0.0037" for short; the mean alone where there is no interval."""
     mean = _number(estimate["mean"], digits)
     if estimate["low"] is None:
@@ -331,12 +331,12 @@ def _number(value: float, digits: int) -> str:
 
 def _percent(estimate: Mapping[str, Any]) -> str:
     scaled = {key: None if estimate[key] is None else 100 * estimate[key] for key in ("mean", "low", "high")}
-    return _interval(scaled, 1, short=True) + f"{NBSP}%"
+    return interval_text(scaled, 1, short=True) + f"{NBSP}%"
 
 
 def _level(level: Mapping[str, Any], digits: int = 4) -> str:
     return f"{level['mean']:.{digits}f}" + (f"{NBSP}±{NBSP}{level['sd']:.{digits}f}" if level["sd"] is not None else "")
 
 
-def _p(value: float | None) -> str:
+def p_text(value: float | None) -> str:
     return "–" if value is None else f"<{NBSP}0.001" if value < 0.001 else f"{value:.3f}"

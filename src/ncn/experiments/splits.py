@@ -75,6 +75,19 @@ def make_splits(folder: Path, data: str, valid: str, vocab_size: int, *, progres
     return Splits(train, tuning, validation)
 
 
+def first_documents(whole: TokenDataset, folder: Path, tokens: int) -> TokenDataset:
+    """The first documents of `whole`, about `tokens` tokens of them, as a new dataset; all of it where it is no
+    longer. Raises `UserError` where the folder holds something else."""
+    starts = whole.document_starts()
+    count = int(np.searchsorted(starts, tokens))
+    if count >= len(starts):
+        return whole
+    border = int(starts[count])
+    size = _text_bytes(whole, 0, border)
+    write_part(whole, folder, [(0, border)], tasks=_tasks(whole)[:count], documents=count, text_bytes=size)
+    return TokenDataset.open(folder)
+
+
 def hold_out(whole: TokenDataset, train: Path, tuning: Path) -> tuple[TokenDataset, TokenDataset]:
     """Two new datasets: the last documents of `whole`, about a twentieth of its tokens, and those before them.
 
@@ -90,16 +103,25 @@ def hold_out(whole: TokenDataset, train: Path, tuning: Path) -> tuple[TokenDatas
             f"{whole.folder} has {whole.tokens:,} tokens in {whole.documents:,} documents: too few to hold a tuning "
             f"split of {wanted:,} tokens out; give more text"
         )
-    decode = whole.tokenizer().decode
-    bounds = [*starts[first:].tolist(), whole.tokens]
-    held = sum(len(decode(whole.read(a + 1, b - a - 1).tolist()).encode()) for a, b in itertools.pairwise(bounds))
-    tasks = whole.document_tasks(whole.tasks) if whole.tasks else np.zeros(0, np.int64)
+    held, tasks = _text_bytes(whole, border, whole.tokens), _tasks(whole)
     for folder, place, chosen, size in (
         (train, (0, border), slice(first), whole.text_bytes - held),
         (tuning, (border, whole.tokens), slice(first, None), held),
     ):
         write_part(whole, folder, [place], tasks=tasks[chosen], documents=len(starts[chosen]), text_bytes=size)
     return TokenDataset.open(train), TokenDataset.open(tuning)
+
+
+def _text_bytes(whole: TokenDataset, start: int, end: int) -> int:
+    """UTF-8 bytes of the text of the documents from token `start` to `end`."""
+    decode, starts = whole.tokenizer().decode, whole.document_starts()
+    bounds = [*starts[(starts >= start) & (starts < end)].tolist(), end]
+    return sum(len(decode(whole.read(a + 1, b - a - 1).tolist()).encode()) for a, b in itertools.pairwise(bounds))
+
+
+def _tasks(whole: TokenDataset) -> npt.NDArray[np.int64]:
+    """The task of each document, as `write_part` takes them."""
+    return whole.document_tasks(whole.tasks) if whole.tasks else np.zeros(0, np.int64)
 
 
 def write_part(

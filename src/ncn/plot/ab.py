@@ -147,9 +147,10 @@ def _band(axes: Axes, tokens: Any, values: NDArray[np.float64], label: str, styl
     axes.plot(tokens, mean, label=label or None, linewidth=1.5, **style)
 
 
-def rate_sweep(sweeps: Mapping[str, Mapping[float, float | None]], path: str | Path) -> None:
+def rate_sweep(sweeps: Mapping[str, Mapping[float, float | None]], path: str | Path, one: str = "the recipe's") -> None:
     """Draws each arm's loss on the tuning split by learning rate, a panel an arm on common axes, as a PNG file.
 
+    `one` says which rate the multiples are of.
     The best rate is marked and its loss written beside it; rates at which the run diverged are crosses at the top.
     """
     sweeps = {label: losses for label, losses in sweeps.items() if losses}
@@ -188,7 +189,7 @@ def rate_sweep(sweeps: Mapping[str, Mapping[float, float | None]], path: str | P
     for row in range(rows):
         grid[row, 0].set_ylabel("nats per token", size=9)
     lost_somewhere = any(loss is None for losses in sweeps.values() for loss in losses.values())
-    title = "Loss on the tuning split by learning rate, as a multiple of the recipe's"
+    title = f"Loss on the tuning split by learning rate, as a multiple of {one}"
     title += " (× diverged)" if lost_somewhere else ""
     figure.suptitle(title, x=0.01, ha="left", weight="bold", size=11)
     write(figure, path)

@@ -125,7 +125,7 @@ def build_retrofitted(recipe: Recipe, device: torch.device) -> RetrofittedModel:
     """The base of a recipe with a new controller on it."""
     assert recipe.base is not None
     assert recipe.model.controller is not None
-    base = _load_base(recipe.base)
+    base = load_base(recipe.base)
     base.to(device)  # type: ignore[arg-type]
     return RetrofittedModel(attach(base, recipe.model.controller), recipe.model, recipe.base)
 
@@ -135,7 +135,7 @@ def load_retrofitted(folder: Path) -> tuple[RetrofittedModel, Tokenizer]:
     place = read_json(folder / CONTROLLER).get("base_name")
     if not isinstance(place, str):
         raise UserError(f"{folder} does not say where its base is; load the base, then ncn.load_controller(base, path)")
-    base = _load_base(place)
+    base = load_base(place)
     handle = load_controller(base, folder)
     tokenizer = Tokenizer.load(folder)
     shape = NCNConfig.parse(_shape(base.config) | {"separator_id": tokenizer.separator_id})
@@ -149,7 +149,8 @@ def _shape(config: Any) -> dict[str, Any]:
     }
 
 
-def _load_base(place: str | Path) -> PreTrainedModel:
+def load_base(place: str | Path) -> PreTrainedModel:
+    """A base in float32 and evaluation mode, from a folder or the hub; raises `UserError` where there is none."""
     model: Any = _read_base(place, AutoModelForCausalLM, dtype=torch.float32)
     found: PreTrainedModel = model.eval()
     return found
