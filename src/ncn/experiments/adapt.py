@@ -28,13 +28,13 @@ from ncn.experiments.adapt_costs import measure_costs
 from ncn.experiments.adapt_report import AdaptationReport, write_report
 from ncn.experiments.adapt_run import TUNING_SEED, Lesson, losses_of, train_adapter
 from ncn.experiments.splits import first_documents, hold_out
+from ncn.fitting import check_same_tokenizer
 from ncn.progress import TokensProgress
 from ncn.retrofit.adapters import LABELS, METHODS, SIZED, Adapted, Method, adapt, check_peft, matched_sizes
 from ncn.retrofit.model import load_base, retrofit_recipe
 from ncn.runs import describe_environment, read_json, write_json
 from ncn.stopping import Interrupted, graceful_stop
 from ncn.tokenizer import Tokenizer
-from ncn.train import check_same_tokenizer
 
 CENTRES: Mapping[Method, float] = {"ncn": 1e-2, "lora": 4e-3, "ia3": 2e-2, "prefix": 4e-2, "full": 1e-3}
 """Learning rates around which the search begins; see RATES."""
