@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -272,6 +273,18 @@ def test_wrong_uses_are_one_line_each(data: Path, tmp_path: Path) -> None:
             steer(models, opened.tokenizer(), opened, tmp_path, **{"prompts": 3, **options})
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_column_of_the_data_is_a_slider_that_cannot_be_measured(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"Tom had {n} cats and they all ran home. " * 3, "rating": n}) for n in range(30)]
+    (tmp_path / "rated.jsonl").write_text("\n".join(rows))
+    prepare([str(tmp_path / "rated.jsonl")], tmp_path / "data", vocab_size=300, sliders=["rating"])
+    write_attributes(tmp_path / "data")
+    opened = ncn.TokenDataset.open(tmp_path / "data")
+    with pytest.raises(ncn.UserError, match=r"slider rating is a column of the data: .* what can is dialogue"):
+        steer({"one": small(sliders=["rating"])}, opened.tokenizer(), opened, tmp_path / "out", prompts=3)
+    found = steer({"one": small(sliders=["length"])}, opened.tokenizer(), opened, tmp_path / "out", prompts=3, seeds=1)
+    assert "rating" not in json.dumps(found.results["models"])
 
 
 def test_the_command(data: Path, tmp_path: Path) -> None:

@@ -56,6 +56,10 @@ marks and question marks a sentence. `rarity`, the mean of −log₂ of each tok
 vaderSentiment is installed, `sentiment`, from −1 to 1, come with them."""
 
 
+MEASURED = (*MEASURES, "rarity", "sentiment")
+"""The names of all that `measure` may return."""
+
+
 def measure(text: str, tokens: npt.NDArray[np.int64], counts: Array) -> dict[str, float]:
     """The attributes of one document. `counts` (vocabulary,) is how often each token occurs in the reference data."""
     found = {name: float(function(text)) for name, function in MEASURES.items()}
@@ -115,7 +119,7 @@ def write_attributes(
 def check_columns(names: Iterable[str]) -> None:
     """Raises `UserError` for a column that is called as what is measured on the text."""
     for name in names:
-        if name in (*MEASURES, "rarity", "sentiment"):
+        if name in MEASURED:
             raise UserError(f"a column cannot be called {name!r}, as what --attributes measures: rename it")
 
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 from torch import Tensor
 
-from ncn.attributes import VALUES, DocumentSliders, measure, rank, read_table
+from ncn.attributes import MEASURED, VALUES, DocumentSliders, measure, rank, read_table
 from ncn.data import TokenDataset
 from ncn.errors import UserError
 from ncn.evaluate import bits_per_byte
@@ -93,7 +93,13 @@ class Plan:
         if len(long) < self.prompts:
             raise UserError(f"{self.prompts} prompts were asked for, and the data has {len(long)} documents that long")
         chosen = long[:: len(long) // self.prompts][: self.prompts]
-        quantiles = {name: np.array(values) for name, values in read_table(self.data.folder).items()}
+        table = read_table(self.data.folder)
+        if columns := [name for name in self.sliders if name not in MEASURED]:
+            raise UserError(
+                f"slider {columns[0]} is a column of the data: what a story would have in it cannot be measured on the "
+                f"story; what can is {', '.join(MEASURED)}"
+            )
+        quantiles = {name: np.array(values) for name, values in table.items() if name in MEASURED}
         object.__setattr__(self, "quantiles", quantiles)
         object.__setattr__(self, "counts", load_file(self.data.folder / VALUES)["token_counts"])
         object.__setattr__(self, "documents", [self.data.read(a, b - a).tolist() for a, b in chosen])
