@@ -175,7 +175,7 @@ def _judged(found: Mapping[str, float | None], below: str, above: str) -> str:
         return below
     if low is not None and low > 0:
         return above
-    return f"neither {below} nor {above}, as far as these seeds can tell,"
+    return f"neither {below} nor {above} (as far as these seeds can tell)"
 
 
 def page_text(results: Mapping[str, Any]) -> str:
@@ -263,7 +263,8 @@ def _read_out_table(results: Mapping[str, Any]) -> str:
         for kind, found in kinds.items():
             for stretch, accuracies in found["read_out"].items():
                 what = "1 token" if stretch == "1" else f"{stretch} tokens"
-                values = [f"{accuracies[key]:.1%}" for key in ("signals", "tokens", "recent")]
+                values = [f"{accuracies[key]:.1%}" for key in ("signals", "tokens")]
+                values.append(f"{accuracies['recent']:.1%}" if stretch == "1" else "")
                 rows.append([f"{_label(arm, kind)}, {what}", *values, signed(accuracies["difference"])])
     header = ["read from", "signals", "token ids", f"token ids, {RECENT} up to there", "signals − token ids"]
     return table(header, rows)
