@@ -111,6 +111,7 @@ def test_a_domain_is_read_from_signals_that_hold_it_and_not_from_those_that_do_n
     found = read_out(blind, tried, 1)
     assert found["signals"] == pytest.approx(0.5, abs=0.03)
     assert found["tokens"] == pytest.approx(0.5 + 1 / 6, abs=0.02)  # a third of one domain has ids of its own
+    assert found["recent"] > 0.99  # but hardly ever a stretch of 32
 
 
 @pytest.fixture(scope="module")

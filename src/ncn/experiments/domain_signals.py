@@ -5,8 +5,9 @@ Three questions, each with a control:
 - how far the domains' mean signals lie apart, in standard deviations within a domain, for every layer and signal.
   Control: the same between tokens of *equal identity*, since a signal that depends on the token alone differs between
   domains as their vocabularies do;
-- how often a linear read-out of the signals names the domain of held-out text. Control: how often a linear read-out of
-  the token ids does (naive Bayes: for every id how much more often it occurs in one domain);
+- how often a linear read-out of the signals names the domain of held-out text. Controls: how often a linear read-out
+  of the same token ids does (naive Bayes: for every id how much more often it occurs in one domain), and one of the ids
+  of the last tokens up to there, since a controller reads what came before;
 - both for single tokens and for stretches of consecutive tokens.
 
 Read-outs are fitted on the tuning text and tried on the validation text, which share no documents.
@@ -28,6 +29,8 @@ from ncn.model import ModulatedTransformer
 
 STRETCHES = (1, 32)
 """Consecutive tokens that a domain is read from."""
+RECENT = 32
+"""Tokens up to a place that the second control reads."""
 
 Array = NDArray[np.float64]
 
@@ -117,7 +120,8 @@ def read_out(fitted: DomainRecord, tried: DomainRecord, stretch: int) -> dict[st
     """Share of the stretches of `tried` whose domain is named rightly, with read-outs fitted on `fitted`.
 
     "signals": least squares (ridge) on the mean of every signal over the stretch; "tokens": naive Bayes on the
-    stretch's token ids. Each domain counts one half.
+    stretch's token ids; "recent": the same on the `RECENT` token ids up to each of its tokens. Each domain counts one
+    half.
     """
     signals = []
     for record in (fitted, tried):
@@ -131,10 +135,14 @@ def read_out(fitted: DomainRecord, tried: DomainRecord, stretch: int) -> dict[st
     size = int(max(fitted.tokens.max(), tried.tokens.max())) + 1
     counts = np.stack([np.bincount(fitted.tokens[fitted.domain == number], minlength=size) for number in (0, 1)]) + 1.0
     odds = np.diff(np.log(counts / counts.sum(1, keepdims=True)), axis=0)[0]
-    scores, _ = _stretches(odds[tried.tokens][:, None], tried.domain, stretch)
+    own = odds[tried.tokens]
+    before = np.concatenate([np.zeros(RECENT), np.cumsum(own)])
+    recent = before[RECENT:] - before[:-RECENT]
+    scores, _ = _stretches(np.stack([own, recent], 1), tried.domain, stretch)
     return {
         "signals": _balanced(new @ weights + sign.mean() > 0, truth),
         "tokens": _balanced(scores[:, 0] > 0, truth),
+        "recent": _balanced(scores[:, 1] > 0, truth),
     }
 
 

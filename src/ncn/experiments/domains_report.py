@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ncn.experiments.arms import NCN
-from ncn.experiments.domain_signals import STRETCHES
+from ncn.experiments.domain_signals import RECENT, STRETCHES
 from ncn.experiments.domains import EQUAL_RATE, LABELS, STATIC, WITH_TASKS, Study, curve_of, losses_of, measure
 from ncn.experiments.forgetting import Curve, at_equal_level, difference, shielding
 from ncn.page import origin, table, write_page
@@ -130,12 +130,9 @@ def _against(values: Sequence[float], others: Sequence[float]) -> dict[str, floa
 
 def _read_outs(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Mean accuracies over seeds, and how far the signals' lies above the tokens'."""
-    signals, tokens = (np.array([run[key] for run in found]) for key in ("signals", "tokens"))
-    return {
-        "signals": float(signals.mean()),
-        "tokens": float(tokens.mean()),
-        "difference": difference(signals - tokens),
-    }
+    values = {key: np.array([run[key] for run in found]) for key in ("signals", "tokens", "recent")}
+    means = {key: float(accuracies.mean()) for key, accuracies in values.items()}
+    return means | {"difference": difference(values["signals"] - values["tokens"])}
 
 
 def signed(found: Mapping[str, float | None], digits: int = 3) -> str:
@@ -178,7 +175,7 @@ def _judged(found: Mapping[str, float | None], below: str, above: str) -> str:
         return below
     if low is not None and low > 0:
         return above
-    return f"neither {below} nor {above}, as far as these seeds can tell,"
+    return f"neither {below} nor {above} (as far as these seeds can tell)"
 
 
 def page_text(results: Mapping[str, Any]) -> str:
@@ -215,7 +212,8 @@ def page_text(results: Mapping[str, Any]) -> str:
             "the token alone:",
             _distance_table(results),
             "How often a linear read-out, fitted on the tuning text, names the domain of held-out text (one half is "
-            "chance), from the signals and, as a control, from the token ids (naive Bayes):",
+            "chance), from the signals and, as controls, from the same token ids and from the ids of the last "
+            f"{RECENT} tokens up to there (naive Bayes):",
             _read_out_table(results),
             f"## One after the other\n\nTrained on {results['tokens']:,} tokens of {first}, then on "
             f"{results['second_tokens']:,} of {second}, with a learning rate that rises and falls again.",
@@ -266,8 +264,10 @@ def _read_out_table(results: Mapping[str, Any]) -> str:
             for stretch, accuracies in found["read_out"].items():
                 what = "1 token" if stretch == "1" else f"{stretch} tokens"
                 values = [f"{accuracies[key]:.1%}" for key in ("signals", "tokens")]
+                values.append(f"{accuracies['recent']:.1%}" if stretch == "1" else "")
                 rows.append([f"{_label(arm, kind)}, {what}", *values, signed(accuracies["difference"])])
-    return table(["read from", "signals", "token ids", "difference"], rows)
+    header = ["read from", "signals", "token ids", f"token ids, {RECENT} up to there", "signals − token ids"]
+    return table(header, rows)
 
 
 def _label(arm: str, kind: str) -> str:
