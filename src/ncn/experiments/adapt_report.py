@@ -120,6 +120,7 @@ def summarise(
         }
     return {
         "sentence": _sentence(found, pairs),
+        "cautions": [caution for one in found.values() if (caution := _at_edge(one))],
         "methods": found,
         "differences": pairs,
         "base": {"new": levels["new"], "old": levels["old"], "parameters": facts["base_parameters"]},
@@ -147,6 +148,19 @@ def _best_runs(
         key = {(run["method"], run["multiple"], run["seed"]): run for run in runs}
         chosen += [key[method, best, seed] for seed in seeds]
     return chosen
+
+
+def _at_edge(found: Mapping[str, Any]) -> str | None:
+    """What to say where a method's best rate is the lowest or the highest that was tried."""
+    losses = {float(multiple): loss for multiple, loss in found["tuning"].items() if loss is not None}
+    best = min(losses, key=losses.__getitem__)
+    edges = {min(losses): "lowest", max(losses): "highest"}
+    if best not in edges:
+        return None
+    return (
+        f"The best learning rate of {found['label']} is the {edges[best]} that was tried, so that it may do better "
+        "than it does here."
+    )
 
 
 def _correct(pairs: Sequence[dict[str, Any]]) -> None:
@@ -196,6 +210,7 @@ def _page(summary: Mapping[str, Any]) -> str:
                 for found in methods.values()
             ],
         ),
+        *(f"> {caution}" for caution in summary["cautions"]),
         "![What each method gains on the new domain, against what it loses on the old one](trade.png)",
     ]
     if summary["differences"]:
