@@ -181,8 +181,12 @@ def _sentence(methods: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) ->
         others["not told from" if not clear else "better than" if new["mean"] < 0 else "worse than"].append(
             LABELS[row["other"]]
         )
-    said = [f"{words} {' and '.join(names)}" for words, names in others.items() if names]
+    said = [f"{words} {_listed(names)}" for words, names in others.items() if names]
     return text + (f" There the NCN is {', '.join(said)}." if said else "")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _page(summary: Mapping[str, Any]) -> str:
