@@ -188,6 +188,8 @@ def planted(new: dict[str, list[float]], old: dict[str, list[float]]) -> dict[st
         common = {"method": method, "multiple": 1.0, "rate": 0.01, "diverged": False, "parameters": 7, "bytes": 1}
         runs.append(common | {"seed": 0, "tuning_loss": 1.0})
         runs.append(common | {"seed": 0, "tuning_loss": 2.0, "multiple": 2.0})
+        if method != "ia3":
+            runs.append(common | {"seed": 0, "tuning_loss": 2.0, "multiple": 0.5})
         for seed, value in enumerate(values, 1):
             losses = {"new": [100 * value] * 60, "old": [100 * old[method][seed - 1]] * 60}
             runs.append(common | {"seed": seed, "losses": losses, "batches_sha256": f"{seed}"})
@@ -208,6 +210,8 @@ def test_a_planted_effect_is_found_and_equal_methods_are_not_told_apart() -> Non
     assert rows["lora"]["new"]["mean"] == pytest.approx(-0.1 * bits)
     assert rows["lora"]["new"]["holm_p"] < 0.05 < rows["ia3"]["new"]["holm_p"]
     assert "better than LoRA, not told from IA3" in found["sentence"]
+    assert len(found["cautions"]) == 1
+    assert "best learning rate of IA3 is the lowest that was tried" in found["cautions"][0]
 
 
 def refused(call: Any) -> str:

@@ -36,7 +36,7 @@ from ncn.runs import describe_environment, read_json, write_json
 from ncn.stopping import Interrupted, graceful_stop
 from ncn.tokenizer import Tokenizer
 
-CENTRES: Mapping[Method, float] = {"ncn": 1e-2, "lora": 4e-3, "ia3": 2e-2, "prefix": 4e-2, "full": 1e-3}
+CENTRES: Mapping[Method, float] = {"ncn": 1e-2, "lora": 8e-3, "ia3": 1.6e-1, "prefix": 3.2e-1, "full": 2e-3}
 """Learning rates around which the search begins; see RATES."""
 SETTINGS = ("tokens=200_000", "batch_size=4", "warmup=0.05", "weight_decay=0")
 """What `retrofit_recipe` is changed to before the user's own settings."""
@@ -83,6 +83,7 @@ class Plan:
             "controller": self.controller.model_dump(mode="json"),
             "train": train,
             "sizes": dict(self.sizes),
+            "centres": dict(CENTRES),
             "data": {name: getattr(self, name).fingerprint for name in ("train", "tuning", "new", "old")},
         }
 
@@ -197,7 +198,6 @@ def begin(plan: Plan) -> None:
     environment = describe_environment(lesson.device, autocast=str(lesson.autocast))
     write_json(path, facts | {
         "base_parameters": sum(parameter.numel() for parameter in base.model.parameters()),
-        "centres": dict(CENTRES),
         "dials": {method: f"{SIZED[method]} {size}" for method, size in plan.sizes.items()},
         "losses": {name: as_lists(found) for name, found in losses.items()},
         "environment": environment,

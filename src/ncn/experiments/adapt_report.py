@@ -120,6 +120,7 @@ def summarise(
         }
     return {
         "sentence": _sentence(found, pairs),
+        "cautions": [caution for one in found.values() if (caution := _at_edge(one))],
         "methods": found,
         "differences": pairs,
         "base": {"new": levels["new"], "old": levels["old"], "parameters": facts["base_parameters"]},
@@ -149,6 +150,19 @@ def _best_runs(
     return chosen
 
 
+def _at_edge(found: Mapping[str, Any]) -> str | None:
+    """What to say where a method's best rate is the lowest or the highest that was tried."""
+    losses = {float(multiple): loss for multiple, loss in found["tuning"].items() if loss is not None}
+    best = min(losses, key=losses.__getitem__)
+    edges = {min(losses): "lowest", max(losses): "highest"}
+    if best not in edges:
+        return None
+    return (
+        f"The best learning rate of {found['label']} is the {edges[best]} that was tried, so that it may do better "
+        "than it does here."
+    )
+
+
 def _correct(pairs: Sequence[dict[str, Any]]) -> None:
     """Holm's correction of the p-values, for each domain."""
     for domain in DOMAINS:
@@ -167,8 +181,12 @@ def _sentence(methods: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) ->
         others["not told from" if not clear else "better than" if new["mean"] < 0 else "worse than"].append(
             LABELS[row["other"]]
         )
-    said = [f"{words} {' and '.join(names)}" for words, names in others.items() if names]
+    said = [f"{words} {_listed(names)}" for words, names in others.items() if names]
     return text + (f" There the NCN is {', '.join(said)}." if said else "")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _page(summary: Mapping[str, Any]) -> str:
@@ -196,6 +214,7 @@ def _page(summary: Mapping[str, Any]) -> str:
                 for found in methods.values()
             ],
         ),
+        *(f"> {caution}" for caution in summary["cautions"]),
         "![What each method gains on the new domain, against what it loses on the old one](trade.png)",
     ]
     if summary["differences"]:

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ncn.plot.style import INK, LINES, RULE, drawable, write
+from ncn.plot.style import INK, LINES, RULE, drawable, legend, write
 
 
 def draw_trade(methods: Mapping[str, Any], path: str | Path) -> None:
@@ -25,12 +25,12 @@ def draw_trade(methods: Mapping[str, Any], path: str | Path) -> None:
         if gained["low"] is not None:
             axes.plot([lost["mean"]] * 2, [gained["low"], gained["high"]], color=color, linewidth=1.6)
             axes.plot([lost["low"], lost["high"]], [gained["mean"]] * 2, color=color, linewidth=1.6)
-        axes.scatter([lost["mean"]], [gained["mean"]], s=44, color=color, edgecolors="white", linewidths=0.8, zorder=4)
-        axes.annotate(
-            drawable(found["label"]), (lost["mean"], gained["mean"]), (7, 5), textcoords="offset points", size=9,
-            color=color, weight="bold",
+        axes.scatter(
+            [lost["mean"]], [gained["mean"]], s=44, color=color, edgecolors="white", linewidths=0.8, zorder=4,
+            label=drawable(found["label"]),
         )  # fmt: skip
-    axes.margins(0.16)
+    axes.margins(0.08)
+    legend(axes)
     axes.set_xlabel("bits per byte lost on the old domain")
     axes.set_ylabel("bits per byte gained on the new domain")
     axes.set_title("What adapting gains, and what it forgets", loc="left", weight="bold", size=11)
