@@ -121,6 +121,13 @@ class Batch(NamedTuple):
     inputs: Int64[Tensor, "batch tokens"]
     targets: Int64[Tensor, "batch tokens"]
 
+    def chained(self, before: str) -> str:
+        """The next link of a hash chain over batches: SHA-256 of the link before, the inputs and the targets."""
+        link = hashlib.sha256(before.encode())
+        for tensor in self:
+            link.update(tensor.numpy().tobytes())
+        return link.hexdigest()
+
 
 class TokenDataset:
     """A prepared dataset, memory-mapped: opening it reads nothing but the manifest. Made by `TokenDataset.open`."""

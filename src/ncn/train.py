@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ncn.config import Recipe, TrainConfig
-from ncn.data import Batch, TokenDataset
+from ncn.data import TokenDataset
 from ncn.devices import arithmetic, find_device
 from ncn.document_inputs import DocumentInputs
 from ncn.errors import UserError
@@ -109,7 +108,7 @@ class Training:
                 group["lr"] = group["peak"] * factor
             optimizer.step()
         self.step += 1
-        self.batches_sha256 = _chained(self.batches_sha256, batch)
+        self.batches_sha256 = batch.chained(self.batches_sha256)
         self.sums.loss += loss_sum
         self.sums.homeostatic += homeostatic_sum
         self.sums.grad_norm += norm
@@ -392,11 +391,3 @@ def _finish(training: Training, begun: float, tracker: Tracker) -> dict[str, Any
     with disk_problem_in_one_line(run.path):
         write_json(run.path / "summary.json", summary)
     return summary
-
-
-def _chained(before: str, batch: Batch) -> str:
-    """The next link of the hash chain: SHA-256 of the one before, the inputs and the targets."""
-    link = hashlib.sha256(before.encode())
-    for tensor in batch:
-        link.update(tensor.numpy().tobytes())
-    return link.hexdigest()

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ncn.config import ControllerConfig
 from ncn.controller import signal_source
 from ncn.errors import UserError
-from ncn.retrofit.attach import attach, core_config
+from ncn.retrofit.attach import attach
+from ncn.retrofit.families import core_config
 
 Method = Literal["ncn", "lora", "ia3", "prefix", "full"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ncn.cache import Cache
-from ncn.config import ControllerConfig, NCNConfig
+from ncn.config import ControllerConfig
 from ncn.controller import SignalSource, signal_source
 from ncn.errors import UserError
 from ncn.given import SliderValues, TaskValues
@@ -27,7 +27,7 @@ from ncn.hf.cache import state_of
 from ncn.model import Frozen, freeze
 from ncn.modulation import Factors, layer_factors, scale
 from ncn.retrofit.attention import CARRIER, use_sharpened_attention
-from ncn.retrofit.families import Family, family_of, find_sites
+from ncn.retrofit.families import Family, core_config, family_of, find_sites
 from ncn.retrofit.inputs import InputsAt, Instruction, inputs_at, stretch
 from ncn.retrofit.masks import real_tokens
 from ncn.retrofit.probe import check_sites
@@ -37,8 +37,6 @@ from ncn.types import ControlInputs
 
 NAME = "ncn_controller"
 """What the controller is called among the model's modules while it is attached."""
-LONGEST_MEMORY = 2048
-"""Tokens; the slowest salience head of a new controller fades over the base's context, and at most over these."""
 
 
 @dataclass(eq=False)
@@ -381,21 +379,3 @@ class AttachedController:
         self._last_mask = None if carrier.segments is None else carrier.segments > 0
         if carrier.cache is not None:
             carrier.cache.advance(carrier.tokens)
-
-
-def core_config(config: Any, controller: ControllerConfig | None, layers: int) -> NCNConfig:
-    """A transformers configuration in the words of `NCNConfig`, from which the controller is built."""
-    if config.num_hidden_layers != layers:
-        raise UserError(
-            f"the model has {layers} layers, and its configuration says {config.num_hidden_layers}; correct the Family"
-        )
-    return NCNConfig(
-        vocab_size=config.vocab_size,
-        d_model=config.hidden_size,
-        num_layers=layers,
-        num_heads=config.num_attention_heads,
-        context_length=min(config.max_position_embeddings, LONGEST_MEMORY),
-        positions="learned",
-        cross_documents=True,
-        controller=controller,
-    )

@@ -1,14 +1,19 @@
-"""Where a decoder's control sites are: one row for each architecture."""
+"""Where a decoder's control sites are, one row for each architecture, and its shape in our own words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from ncn.config import ControllerConfig, NCNConfig
 from ncn.errors import UserError
+
+LONGEST_MEMORY = 2048
+"""Tokens; the slowest salience head of a new controller fades over the base's context, and at most over these."""
 
 
 @dataclass(frozen=True)
@@ -92,3 +97,21 @@ def _find(root: nn.Module, path: str, where: str) -> nn.Module:
         return root.get_submodule(path)
     except AttributeError:
         raise UserError(f"{where} has no module {path!r}, which the Family of this architecture names") from None
+
+
+def core_config(config: Any, controller: ControllerConfig | None, layers: int) -> NCNConfig:
+    """A transformers configuration in the words of `NCNConfig`, from which the controller is built."""
+    if config.num_hidden_layers != layers:
+        raise UserError(
+            f"the model has {layers} layers, and its configuration says {config.num_hidden_layers}; correct the Family"
+        )
+    return NCNConfig(
+        vocab_size=config.vocab_size,
+        d_model=config.hidden_size,
+        num_layers=layers,
+        num_heads=config.num_attention_heads,
+        context_length=min(config.max_position_embeddings, LONGEST_MEMORY),
+        positions="learned",
+        cross_documents=True,
+        controller=controller,
+    )

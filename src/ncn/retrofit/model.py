@@ -19,7 +19,8 @@ from ncn.config import NCNConfig, Recipe
 from ncn.control_inputs import check_inputs
 from ncn.errors import UserError
 from ncn.model import Frozen, ModulatedTransformer
-from ncn.retrofit.attach import AttachedController, attach, core_config
+from ncn.retrofit.attach import AttachedController, attach
+from ncn.retrofit.families import core_config
 from ncn.retrofit.files import load_controller
 from ncn.runs import read_json
 from ncn.store import CONTROLLER
