@@ -26,9 +26,10 @@ def steering_page(results: Mapping[str, Any]) -> str:
     models = results["models"]
     several, guided = len(models) > 1, len(results["guidances"]) > 1
     others = "unset" if results["others"] is None else f"at {results['others']:g}"
+    times = "once" if results["seeds"] == 1 else f"{results['seeds']} times"
     parts = [
         f"{results['prompts']} beginnings of held-out documents ({results['prompt_tokens']} tokens) were continued "
-        f"{results['seeds']} times at each of {len(results['settings'])} values of every slider, the others {others}, "
+        f"{times} at each of {len(results['settings'])} values of every slider, the others {others}, "
         f"at temperature {results['temperature']:g}, up to {results['longest']} tokens. What came out was measured and "
         "ranked among the documents of the training data, so that both the slider and the attribute go from 0 to 1.",
         _models(results),
