@@ -27,7 +27,7 @@ def check_inputs(given: ControlInputs, config: NCNConfig) -> None:
     if given.tasks is not None:
         if not tasks:
             raise UserError("a task was given, and this model has none; train one with controller.tasks=[...]")
-        low, high = int(given.tasks.min()), int(given.tasks.max())
+        low, high = map(int, torch.aminmax(given.tasks))
         if low < -1 or high >= len(tasks):
             raise UserError(
                 f"task {high if high >= len(tasks) else low} was given; this model has 0 to {len(tasks) - 1} "
