@@ -98,6 +98,18 @@ def test_each_panel_holds_layers_by_tokens_and_heads_within_layers() -> None:
     }
 
 
+def test_the_map_of_many_layers_and_heads_has_thinner_rows_and_labels_that_can_be_read() -> None:
+    for layers, labelled in (30, range(30)), (80, range(0, 80, 2)):
+        figure = plot.brain_scan(make_scan(["a", "b"], layers=layers, heads=9))
+        assert figure.get_size_inches()[1] < 30
+        (axes,) = panels(figure, "precision")
+        labels = axes.get_yticklabels()
+        assert [label.get_text() for label in labels] == [f"layer {layer}" for layer in labelled]
+        figure.draw_without_rendering()
+        boxes = [label.get_window_extent() for label in labels]
+        assert all(upper.y0 >= lower.y1 for upper, lower in pairwise(boxes))
+
+
 def test_each_panel_tells_its_smallest_mean_and_largest_value() -> None:
     (axes,) = panels(plot.brain_scan(one_signal([[0.5], [1.0], [1.8]])), "s")
     assert "min 0.50   mean 1.10   max 1.80" in [text.get_text() for text in axes.texts]

@@ -144,6 +144,11 @@ def test_wrong_uses_are_one_line_each(place: Path, tmp_path: Path) -> None:
     prepare([str(place / "text.txt")], tmp_path / "large", vocab_size=310)
     recipe = retrofit_recipe(place / "base", SETTINGS)
     assert "prepare it with --tokenizer" in refused(lambda: train(recipe, tmp_path / "large", tmp_path / "run"))
+    other = shutil.copytree(place / "base", tmp_path / "base")
+    shutil.copy(tmp_path / "large" / "tokenizer.json", other)
+    of_other = retrofit_recipe(other, SETTINGS)
+    assert "another tokenizer than the base's" in refused(lambda: train(of_other, place / "data", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
     moved = tmp_path / "moved"
     shutil.copytree(place / "run", moved)
     content = json.loads((moved / "model" / "controller.json").read_text())

@@ -33,11 +33,10 @@ def fit_to_data(recipe: Recipe, dataset: TokenDataset) -> Recipe:
     changes = {"separator_id": dataset.separator_id}
     if recipe.base is None:
         changes["vocab_size"] = dataset.vocab_size
-    elif dataset.vocab_size > recipe.model.vocab_size:
-        raise UserError(
-            f"the data has a vocabulary of {dataset.vocab_size}, and the base one of {recipe.model.vocab_size}; "
-            f"prepare it with --tokenizer {recipe.base}"
-        )
+    else:
+        from ncn.retrofit.model import check_base_tokenizer
+
+        check_base_tokenizer(recipe.base, dataset, recipe.model.vocab_size)
     model = recipe.model.override(**changes)
     context = recipe.train.context or model.context_length
     if context > model.context_length:

@@ -31,10 +31,9 @@ from ncn.experiments.splits import first_documents, hold_out
 from ncn.fitting import check_same_tokenizer
 from ncn.progress import TokensProgress
 from ncn.retrofit.adapters import LABELS, METHODS, SIZED, Adapted, Method, adapt, check_peft, matched_sizes
-from ncn.retrofit.model import load_base, retrofit_recipe
+from ncn.retrofit.model import check_base_tokenizer, load_base, retrofit_recipe
 from ncn.runs import describe_environment, read_json, write_json
 from ncn.stopping import Interrupted, graceful_stop
-from ncn.tokenizer import Tokenizer
 
 CENTRES: Mapping[Method, float] = {"ncn": 1e-2, "lora": 8e-3, "ia3": 1.6e-1, "prefix": 3.2e-1, "full": 2e-3}
 """Learning rates around which the search begins; see RATES."""
@@ -168,16 +167,6 @@ def make_plan(
     chosen = tuple(method for method in METHODS if method in methods)
     assert recipe.base is not None
     return Plan(out, recipe.base, recipe, chosen, tuple(range(1, seeds + 1)), sizes, train, tuning, new, known)
-
-
-def check_base_tokenizer(base: str | Path, data: TokenDataset, vocab_size: int) -> None:
-    """Raises `UserError` where the data was not prepared with the tokenizer beside the base, as far as there is one."""
-    remedy = f"prepare it with --tokenizer {base}"
-    if data.vocab_size > vocab_size:
-        raise UserError(f"the data has a vocabulary of {data.vocab_size}, and the base one of {vocab_size}; {remedy}")
-    beside = (Path(base) / "tokenizer.json").is_file()
-    if beside and Tokenizer.load(base).fingerprint != data.manifest.tokenizer_sha256:
-        raise UserError(f"{data.folder} was prepared with another tokenizer than the base's; {remedy}")
 
 
 def begin(plan: Plan) -> None:

@@ -29,6 +29,8 @@ BARS = "#5a5f66"
 # Inches of the scan's layout.
 LEFT, RIGHT, TOP, BOTTOM = 1.1, 0.95, 0.62, 0.1
 LAYER_ROW, HEAD_ROW, HEADER, GAP, BAR_HEIGHT, LONGEST_SCALE = 0.24, 0.105, 0.3, 0.08, 0.75, 1.7
+TALLEST_MAP = 7.2  # a map of many layers and heads has thinner rows instead
+LABEL_ROW, LABELLED_HEADS = 0.12, 0.3  # height of a label, and of a layer that has room for two
 LABEL_POINTS = 9.0
 
 
@@ -116,8 +118,10 @@ def _heat_map(axes: Axes, name: str, values: NDArray[np.float64], scale: ColourS
     rows = scale.position(values.reshape(tokens, layers * heads)).T
     axes.imshow(rows, cmap=COLOUR_MAP, vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
     axes.set_xticks([])
-    if heads < 3:
-        ticks = {(layer + 0.5) * heads - 0.5: f"layer {layer}" for layer in range(layers)}
+    layer_height = _rows_inches(values) / layers
+    if heads < 3 or layer_height < LABELLED_HEADS:
+        labelled = range(0, layers, math.ceil(LABEL_ROW / layer_height))
+        ticks = {(layer + 0.5) * heads - 0.5: f"layer {layer}" for layer in labelled}
     else:  # the first and the last head of each layer: labels in between would be too small to read
         ticks = {layer * heads: f"layer {layer}, head 0" for layer in range(layers)}
         axes.tick_params(labelsize=7)
@@ -167,7 +171,7 @@ def _surprisal_bars(axes: Axes, surprisal: Sequence[float | None], most_bits: fl
 
 def _rows_inches(values: NDArray[np.float64]) -> float:
     heads = values.shape[2] if values.ndim == 3 else 1
-    return float(values.shape[1] * max(LAYER_ROW, HEAD_ROW * heads))
+    return min(float(values.shape[1] * max(LAYER_ROW, HEAD_ROW * heads)), TALLEST_MAP)
 
 
 def _column(labels: Sequence[str], columns: int) -> tuple[float, bool]:

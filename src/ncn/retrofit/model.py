@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from ncn.cache import Cache
 from ncn.config import NCNConfig, Recipe
 from ncn.control_inputs import check_inputs
+from ncn.data import TokenDataset
 from ncn.errors import UserError
 from ncn.model import Frozen, ModulatedTransformer
 from ncn.retrofit.attach import AttachedController, attach
@@ -148,6 +149,16 @@ def _shape(config: Any) -> dict[str, Any]:
     return shape.model_dump(exclude={"controller", "separator_id"}) | {
         "context_length": config.max_position_embeddings,
     }
+
+
+def check_base_tokenizer(base: str | Path, data: TokenDataset, vocab_size: int) -> None:
+    """Raises `UserError` where the data was not prepared with the tokenizer beside the base, as far as there is one."""
+    remedy = f"prepare it with --tokenizer {base}"
+    if data.vocab_size > vocab_size:
+        raise UserError(f"the data has a vocabulary of {data.vocab_size}, and the base one of {vocab_size}; {remedy}")
+    beside = (Path(base) / "tokenizer.json").is_file()
+    if beside and Tokenizer.load(base).fingerprint != data.manifest.tokenizer_sha256:
+        raise UserError(f"{data.folder} was prepared with another tokenizer than the base's; {remedy}")
 
 
 def load_base(place: str | Path) -> PreTrainedModel:
