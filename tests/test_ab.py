@@ -177,6 +177,7 @@ def test_it_says_what_it_does_before_it_does_it(experiment: Path, said: list[str
         ({"settings": (*SETTINGS, "tokens=5120")}, "begun with tokens_per_run = 2560, and now it is 5120"),
         ({"settings": (*SETTINGS, "clip=2.0")}, r"baseline\.recipe\.train\.clip = 1\.0, and now it is 2\.0"),
         ({"tune_tokens": 1280}, "begun with tokens_per_tuning_run = 640, and now it is 1280"),
+        ({"eval_tokens": 300}, "begun with data.validation = "),
     ],
 )
 def test_another_plan_in_the_same_folder_is_refused(
@@ -191,6 +192,7 @@ def test_another_plan_in_the_same_folder_is_refused(
     [
         ({"seeds": 0}, "seeds must be at least 1"),
         ({"tune_tokens": 0}, "tune-tokens must be at least 1"),
+        ({"eval_tokens": 0}, "eval-tokens must be at least 1"),
         ({"preset": "maxi"}, "unknown preset 'maxi'"),
         ({"settings": ("vocab_size=300", "num_layers=9", "d_ff=8"), "arms": None}, r"cannot be brought within 0\.1%"),
     ],

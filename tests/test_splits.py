@@ -70,3 +70,16 @@ def test_sources_are_prepared_and_folders_are_taken_as_they_are(whole: TokenData
     foreign = prepare_text(tmp_path / "foreign", stories(0, 3_000), vocab_size=300)
     with pytest.raises(UserError, match="different tokenizers"):
         make_splits(tmp_path / "data", str(whole.folder), str(foreign.folder), 400, progress=False)
+
+
+def test_a_comparison_may_be_measured_on_the_first_documents_alone(whole: TokenDataset, tmp_path: Path) -> None:
+    splits = make_splits(tmp_path / "data", str(whole.folder), str(whole.folder), 400, progress=False)
+    assert splits.measured_on(whole.tokens, tmp_path / "all") == splits
+    assert not (tmp_path / "all").exists()
+    part = splits.measured_on(500, tmp_path / "part")
+    assert (part.train, part.tuning) == (splits.train, splits.tuning)
+    read = part.validation
+    starts = whole.document_starts().tolist()
+    assert read.tokens == next(start for start in starts if start >= 500)
+    assert read.documents == starts.index(read.tokens)
+    assert (read.read(0, read.tokens) == whole.read(0, read.tokens)).all()

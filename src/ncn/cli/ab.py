@@ -42,6 +42,10 @@ def ab(
         str, typer.Option(help="Dataset folder, or any source that `ncn prepare` reads.")
     ] = "tinystories-sample",
     valid: Annotated[str, typer.Option(help="The same, to measure on.")] = "tinystories-sample-valid",
+    eval_tokens: Annotated[
+        str | None,
+        typer.Option(help="About how much of --valid to measure on. [default: as much as a run is trained on]"),
+    ] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs at once; default: one a core, or one a device.")] = None,
     launcher: Annotated[str, typer.Option(help="local, or ray: the runs go to a Ray cluster.")] = "local",
 ) -> None:
@@ -70,6 +74,7 @@ def ab(
             variants=dict(parse_variant(text) for text in variant or []),
             data=data,
             valid=valid,
+            eval_tokens=None if eval_tokens is None else parse_count(eval_tokens),
             launcher=launcher,  # type: ignore[arg-type]  # one of the two
             workers=jobs,
         )

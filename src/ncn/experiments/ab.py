@@ -1,7 +1,7 @@
 """An A/B: arms of equal size, on the same batches, each at its own best learning rate, with several seeds.
 
     OUT/experiment.json             the plan: data, seeds, and for each arm its recipe, parameters, FLOPs and time
-    OUT/data/                       training text, tuning split, validation text
+    OUT/data/                       training text, tuning split, validation text and what of it is read
     OUT/tuning/ARM/rate-0.5/ ...    runs with which learning rates are chosen, validated on the tuning split
     OUT/tuning.json                 their losses
     OUT/pilot/ARM/seed-1000/ ...    runs that measure the noise between seeds before the comparison is run
@@ -123,6 +123,7 @@ def run_ab(
     variants: Mapping[str, Sequence[str]] | None = None,
     data: str = "tinystories-sample",
     valid: str = "tinystories-sample-valid",
+    eval_tokens: int | None = None,
     launcher: Launcher = "local",
     workers: int | None = None,
     progress: bool = True,
@@ -137,6 +138,8 @@ def run_ab(
         tune_tokens: length of the runs that choose learning rates; by default half of a run.
         arms, variants: as for `build_arms`.
         data, valid: dataset folders, or sources that `ncn.prepare` reads.
+        eval_tokens: about how much of `valid` the comparison is measured on, from the beginning on; by default as
+            much as a run is trained on, so that a quick experiment does not spend its time on measuring.
         launcher, workers, progress: as for `launch`.
         say: is given every line of text.
 
@@ -147,7 +150,17 @@ def run_ab(
     from ncn.experiments.report import report
 
     plan = make_plan(
-        Path(out), preset, settings, seeds, tune_tokens, arms, variants, data=data, valid=valid, progress=progress
+        Path(out),
+        preset,
+        settings,
+        seeds,
+        tune_tokens,
+        arms,
+        variants,
+        data=data,
+        valid=valid,
+        eval_tokens=eval_tokens,
+        progress=progress,
     )
     options: dict[str, Any] = {"launcher": launcher, "workers": workers, "progress": progress, "say": say}
     facts = begin(plan, workers)
@@ -175,16 +188,19 @@ def make_plan(
     *,
     data: str,
     valid: str,
+    eval_tokens: int | None,
     progress: bool,
 ) -> Plan:
     """Everything that can be wrong is found out here, before the text is prepared if possible."""
     if seeds < 1:
         raise UserError(f"seeds must be at least 1, not {seeds}")
-    if tune_tokens is not None and tune_tokens < 1:
-        raise UserError(f"tune-tokens must be at least 1, not {tune_tokens}")
+    for name, count in (("tune-tokens", tune_tokens), ("eval-tokens", eval_tokens)):
+        if count is not None and count < 1:
+            raise UserError(f"{name} must be at least 1, not {count}")
     recipe = _paced(Recipe.read(preset, settings))
     build_arms(recipe, arms, variants)
     splits = make_splits(out / "data", data, valid, recipe.model.vocab_size, progress=progress)
+    splits = splits.measured_on(eval_tokens or recipe.train.tokens, out / "data" / "measured")
     recipe = fit_to_data(recipe, splits.train)
     context = recipe.train.context or recipe.model.context_length
     if splits.train.tokens < context:

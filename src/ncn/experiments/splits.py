@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,10 @@ class Splits:
             "validation_text_bytes": self.validation.text_bytes,
             "validation_documents": self.validation.documents,
         }
+
+    def measured_on(self, tokens: int, folder: Path) -> Splits:
+        """The same with about the first `tokens` tokens of the validation text, whole documents, put in `folder`."""
+        return replace(self, validation=first_documents(self.validation, folder, tokens))
 
 
 def make_splits(folder: Path, data: str, valid: str, vocab_size: int, *, progress: bool = True) -> Splits:
