@@ -157,7 +157,7 @@ class SignalLayout:
         raw = raw if raw.dtype == torch.float64 else raw.float()
         parts = torch.split(raw, self.sizes, dim=-1)
         return {
-            name: mapping.forward(part).reshape(*raw.shape[:-1], *shape)
+            name: mapping.forward(part if shape else part.squeeze(-1))
             for name, shape, mapping, part in zip(self.names, self.shapes, self.maps, parts, strict=True)
         }
 
