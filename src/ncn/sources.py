@@ -204,7 +204,7 @@ class ParquetSource(FileSource):
             import pyarrow  # type: ignore[import-untyped]
             import pyarrow.parquet  # type: ignore[import-untyped]
         except ImportError:
-            raise UserError(f'{self.name} needs pyarrow to be read: pip install "ncn[data]"') from None
+            raise UserError(f"{self.name} needs pyarrow to be read: pip install pyarrow") from None
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
                 wanted = [self.field, *self.columns.names]
@@ -235,7 +235,7 @@ class HubSource(Source):
             import datasets  # noqa: F401 - its absence shows before any work is done
             from huggingface_hub import HfApi
         except ImportError:
-            raise UserError(f'{self.name} needs the datasets library: pip install "ncn[data]"') from None
+            raise UserError(f"{self.name} needs the datasets library: pip install datasets") from None
         try:
             self.revision = HfApi().dataset_info(self.repository, timeout=_HUB_TIMEOUT_SECONDS).sha or ""
         except Exception as error:  # the hub's client raises its own, its HTTP library's and plain errors

@@ -226,7 +226,9 @@ def _from_hub(name: str) -> Path:
         import huggingface_hub
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError:
-        raise UserError(f'no folder {name!r}; to look for it on the Hugging Face hub: pip install "ncn[hf]"') from None
+        raise UserError(
+            f"no folder {name!r}; to look for it on the Hugging Face hub: pip install huggingface_hub"
+        ) from None
     try:
         found = huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
     except (HfHubHTTPError, OSError, ValueError) as error:

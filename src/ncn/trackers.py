@@ -11,7 +11,7 @@ from typing import Any
 from ncn.errors import UserError
 from ncn.runs import RunFolder
 
-_INSTALL = {"tensorboard": 'pip install "ncn[train]"', "trackio": "pip install trackio", "wandb": "pip install wandb"}
+_INSTALL = {"tensorboard": "pip install tensorboard", "trackio": "pip install trackio", "wandb": "pip install wandb"}
 
 
 class Tracker:

@@ -260,7 +260,7 @@ def _launch_ray(jobs: Sequence[Job], workers: int | None, watch: _Watch, say: Ca
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError:
-        raise UserError('the launcher ray needs the package ray: pip install "ncn[ray]"') from None
+        raise UserError("the launcher ray needs the package ray: pip install ray") from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level="ERROR")
     on_device = ray.cluster_resources().get("GPU", 0) > 0 and all(

@@ -16,7 +16,7 @@ try:
 except ImportError:
     from ncn.errors import UserError
 
-    raise UserError('transformers is not installed: pip install "ncn[hf]"') from None
+    raise UserError("transformers is not installed: pip install transformers accelerate") from None
 
 from ncn.hf.model import NCNConfigForTransformers, NCNForCausalLM, NCNOutput
 

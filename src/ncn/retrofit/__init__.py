@@ -14,7 +14,7 @@ try:
 except ImportError:
     from ncn.errors import UserError
 
-    raise UserError('transformers is not installed: pip install "ncn[hf]"') from None
+    raise UserError("transformers is not installed: pip install transformers accelerate") from None
 
 from ncn.retrofit.attach import AttachedController, attach
 from ncn.retrofit.families import FAMILIES, Family

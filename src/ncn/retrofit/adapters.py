@@ -107,7 +107,7 @@ def check_peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise UserError('PEFT is not installed: pip install "ncn[peft]"') from None
+        raise UserError("PEFT is not installed: pip install peft") from None
     return peft
 
 
