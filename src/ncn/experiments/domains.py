@@ -7,7 +7,7 @@
     OUT/runs/ARM/seed-1/ ...             runs on both domains, for the losses and the signals
     OUT/first/ARM/seed-1/ ...            runs on the first domain,
     OUT/second/ARM/seed-1/ ...           and on the second, from the weights of those, for what is forgotten
-    OUT/second-at-equal-rate/static/ ... the same for the static twin at the NCN's learning rate, where it has another
+    OUT/second-at-equal-rate/static/ ... the same for learned constants at the NCN's learning rate, where it has another
     OUT/measures/ARM/seed-1.json ...     what was measured on the models of OUT/runs
     OUT/domains.json, .md, .html, .png   what follows from it
 
@@ -39,7 +39,7 @@ from ncn.runs import RunFolder, read_json, write_json
 from ncn.store import load
 
 STATIC, WITH_TASKS = "static", "ncn-tasks"
-LABELS = {STATIC: "static twin", NCN: "NCN", WITH_TASKS: "NCN with task ids", BASELINE: "baseline"}
+LABELS = {STATIC: "learned constants", NCN: "NCN", WITH_TASKS: "NCN with task ids", BASELINE: "baseline"}
 EQUAL_RATE = "second-at-equal-rate"
 POINTS = 8
 """Measurements along the training on the second domain."""

@@ -30,7 +30,7 @@ def write_report(study: Study) -> list[Path]:
     ]
     results = gather(study, curves, same_rate)
     write_json(out / "domains.json", results)
-    lines = {LABELS[arm]: found for arm, found in curves.items()} | {"static twin at the NCN's rate": same_rate}
+    lines = {LABELS[arm]: found for arm, found in curves.items()} | {"learned constants at the NCN's rate": same_rate}
     drawn = {
         label: [{"gains": curve.gains.tolist(), "forgotten": curve.forgotten.tolist()} for curve in found]
         for label, found in lines.items()
@@ -49,8 +49,8 @@ def write_report(study: Study) -> list[Path]:
 
 
 def gather(study: Study, curves: Mapping[str, Sequence[Curve]], same_rate: Sequence[Curve]) -> dict[str, Any]:
-    """Everything that the page says, as JSON. `same_rate` are the static twin's curves at the NCN's learning rate;
-    empty where that is its own."""
+    """Everything that the page says, as JSON. `same_rate` are the curves of learned constants at the NCN's learning
+    rate; empty where that is their own."""
     plan, names = study.plan, study.data.names
     facts, tuning = read_json(plan.out / "experiment.json"), read_json(plan.out / "tuning.json")
     others = [arm for arm in plan.arms if arm != STATIC]
@@ -151,7 +151,9 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
     said = []
     for name in results["domains"]:
         found = results["both"][NCN][name]["difference"]
-        said.append(f"On {name}, the NCN is {_judged(found, 'better', 'worse')} than its static twin: {signed(found)}")
+        said.append(
+            f"On {name}, the NCN is {_judged(found, 'better', 'worse')} than learned constants: {signed(found)}"
+        )
     for name in results["domains"]:
         found = results["task_ids"][name]
         said.append(f"On {name}, task ids make the NCN {_judged(found, 'better', 'worse')}: {signed(found)}")
@@ -159,12 +161,14 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
         found = results["shielding"][arm]["1"]["difference"]
         said.append(
             f"Trained on {second} after {first}, the {LABELS[arm]} forgets {_judged(found, 'less', 'more')} of {first} "
-            f"than its static twin at the largest gain on {second} that both reach: {signed(found)}"
+            f"than learned constants at the largest gain on {second} that both reach: {signed(found)}"
         )
     if results["shielding_at_equal_rate"]:
         found = results["shielding_at_equal_rate"]["1"]["difference"]
         judged = _judged(found, "less", "more")
-        said.append(f"With the NCN's learning rate for the twin, the NCN forgets {judged} of {first}: {signed(found)}")
+        said.append(
+            f"With learned constants at the NCN's learning rate, the NCN forgets {judged} of {first}: {signed(found)}"
+        )
     return [f"{sentence} bits per byte." for sentence in said]
 
 
@@ -200,7 +204,7 @@ def page_text(results: Mapping[str, Any]) -> str:
                 ],
             ),
             f"## Both at once\n\nTrained on {results['tokens']:,} tokens of both, in windows drawn from all of it. "
-            "Bits per byte, and the difference from the static twin:",
+            "Bits per byte, and the difference from learned constants:",
             _both_table(results),
             "## Does the controller keep them apart?\n\n"
             f"Signals on held-out text of {first} and of {second}: mean and one standard deviation over tokens, for "
@@ -219,7 +223,7 @@ def page_text(results: Mapping[str, Any]) -> str:
             f"{results['second_tokens']:,} of {second}, with a learning rate that rises and falls again.",
             f"![Forgotten of {first} against gained on {second}](forgetting.png)",
             "At equal gain, between the measured points on a straight line. *Shielding* is what the arm forgot less "
-            "than its static twin, as a difference (below zero: less forgotten):",
+            "than learned constants, as a difference (below zero: less forgotten):",
             _forgetting_table(results),
             "The arms do not begin at the same bits per byte. What counts in use is how good a model still is on "
             f"{first} by the time when it has come down to a level on {second}, the lowest that both of a pair reach:",
@@ -239,7 +243,7 @@ def _both_table(results: Mapping[str, Any]) -> str:
             cells.append(f"{found[name]['value']:.3f}")
             cells.append(signed(found[name]["difference"]) if "difference" in found[name] else "")
         rows.append(cells)
-    header = [cell for name in names for cell in (name, "− static twin")]
+    header = [cell for name in names for cell in (name, "− learned constants")]
     return table(["arm", *header], rows)
 
 
@@ -277,13 +281,13 @@ def _label(arm: str, kind: str) -> str:
 def _forgetting_table(results: Mapping[str, Any]) -> str:
     compared = {LABELS[arm]: shares for arm, shares in results["shielding"].items()}
     if results["shielding_at_equal_rate"]:
-        compared["NCN, twin at the NCN's rate"] = results["shielding_at_equal_rate"]
+        compared["NCN, constants at the NCN's rate"] = results["shielding_at_equal_rate"]
     rows = []
     for label, shares in compared.items():
         for share, found in shares.items():
             values = [f"{found[key]:.3f}" for key in ("gain", "forgotten", "twin")]
             rows.append([f"{label}, {float(share):.0%} of the common gain", *values, signed(found["difference"])])
-    return table(["arm", "gain", "forgotten", "by the static twin", "shielding"], rows)
+    return table(["arm", "gain", "forgotten", "by learned constants", "shielding"], rows)
 
 
 def _level_table(results: Mapping[str, Any]) -> str:
@@ -292,4 +296,4 @@ def _level_table(results: Mapping[str, Any]) -> str:
         [LABELS[arm], *(f"{found[key]:.3f}" for key in ("second", "first", "twin")), signed(found["difference"])]
         for arm, found in results["equal_level"].items()
     ]
-    return table(["arm", f"level on {second}", f"on {first}", "static twin", "difference"], rows)
+    return table(["arm", f"level on {second}", f"on {first}", "learned constants", "difference"], rows)
