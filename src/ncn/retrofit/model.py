@@ -114,7 +114,7 @@ def retrofit_recipe(base: str | Path, settings: Iterable[str] = (), recipe: Reci
     `Recipe.read`. The model's shape is the base's.
     """
     found = _read_base(base, AutoConfig)
-    context = min(found.max_position_embeddings, TRAINING["context"])
+    context = min(found.get_text_config().max_position_embeddings, TRAINING["context"])
     made = recipe or Recipe.parse({"model": _shape(found), "train": TRAINING | {"context": context}})
     made = Recipe.parse(made.model_dump() | {"base": _place(base)})
     made = made.with_settings(settings)
@@ -145,6 +145,7 @@ def load_retrofitted(folder: Path) -> tuple[RetrofittedModel, Tokenizer]:
 
 
 def _shape(config: Any) -> dict[str, Any]:
+    config = config.get_text_config()
     shape = core_config(config, None, config.num_hidden_layers)
     return shape.model_dump(exclude={"controller", "separator_id"}) | {
         "context_length": config.max_position_embeddings,
