@@ -19,13 +19,14 @@ from ncn.config import NCNConfig, Recipe
 from ncn.control_inputs import check_inputs
 from ncn.data import TokenDataset
 from ncn.errors import UserError
+from ncn.hub import from_hub, is_hub_name
 from ncn.model import Frozen, ModulatedTransformer
 from ncn.retrofit.attach import AttachedController, attach
 from ncn.retrofit.families import core_config
 from ncn.retrofit.files import load_controller
 from ncn.runs import read_json
 from ncn.store import CONTROLLER
-from ncn.tokenizer import Tokenizer
+from ncn.tokenizer import HUB_FILES, Tokenizer
 from ncn.types import ControlInputs, Hidden
 
 TRAINING = {"tokens": 1_000_000, "batch_size": 8, "context": 256, "learning_rate": 1e-2}
@@ -157,8 +158,11 @@ def check_base_tokenizer(base: str | Path, data: TokenDataset, vocab_size: int) 
     remedy = f"prepare it with --tokenizer {base}"
     if data.vocab_size > vocab_size:
         raise UserError(f"the data has a vocabulary of {data.vocab_size}, and the base one of {vocab_size}; {remedy}")
-    beside = (Path(base) / "tokenizer.json").is_file()
-    if beside and Tokenizer.load(base).fingerprint != data.manifest.tokenizer_sha256:
+    place = Path(base)
+    if not place.exists() and is_hub_name(str(base)):
+        place = from_hub(str(base), HUB_FILES)
+    beside = (place / "tokenizer.json").is_file()
+    if beside and Tokenizer.load(place).fingerprint != data.manifest.tokenizer_sha256:
         raise UserError(f"{data.folder} was prepared with another tokenizer than the base's; {remedy}")
 
 
