@@ -36,7 +36,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3": _SHAPE | _GROUPED,
     "gemma2": _SHAPE | _GROUPED | {"sliding_window": 8, "query_pre_attn_scalar": 8},
     "gemma3_text": _SHAPE | _GROUPED | {"sliding_window": 8, "query_pre_attn_scalar": 8},
+    "gemma3": {
+        "text_config": _SHAPE | _GROUPED | {"sliding_window": 8, "query_pre_attn_scalar": 8},
+        "vision_config": {
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 8, "patch_size": 4,
+        },
+        "mm_tokens_per_image": 4, "image_token_index": 95, "boi_token_index": 94, "eoi_token_index": 93,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    },
     "phi3": _SHAPE | {"num_key_value_heads": 2},
+    "smollm3": _SHAPE | {"num_key_value_heads": 2, "no_rope_layer_interval": 2},
     "olmo2": _SHAPE | {"num_key_value_heads": 2},
 }  # fmt: skip
 

@@ -412,36 +412,3 @@ def test_the_file_is_small_and_holds_only_the_controller(tmp_path: Path) -> None
     tensors = load_file(tmp_path / "controller.safetensors")
     assert sum(tensor.numel() for tensor in tensors.values()) == handle.num_parameters()
     assert tensors.keys() == dict(handle.named_parameters()).keys()
-
-
-def test_a_quantised_cache() -> None:
-    pytest.importorskip("hqq", reason="needs the package hqq")
-    model, _ = attached("llama", hidden_size=256, head_dim=64)
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
-    settings = {"backend": "hqq", "nbits": 8, "residual_length": 128}
-    plain = model.generate(ids(9), use_cache=False, **options)
-    quantised = model.generate(ids(9), cache_implementation="quantized", cache_config=settings, **options)
-    assert torch.equal(quantised, plain)  # all of it is still in the part that is kept whole
-    settings["residual_length"] = 4
-    assert (
-        model.generate(ids(9), cache_implementation="quantized", cache_config=settings, **options).shape == plain.shape
-    )
-
-
-def test_the_evaluation_harness(tmp_path: Path) -> None:
-    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="needs the package lm-eval")
-    from lm_eval.api.instance import Instance
-    from transformers import PreTrainedTokenizerFast
-
-    model, handle = attached("llama", awake=False, vocab_size=300)
-    tokenizer = ncn.Tokenizer.train(["the cat sat on the mat"] * 4, 257)
-    tokenizer.save(tmp_path)
-    harness = huggingface.HFLM(
-        pretrained=model, tokenizer=PreTrainedTokenizerFast.from_pretrained(tmp_path), batch_size=2, max_length=64
-    )
-    request = [Instance("loglikelihood", {}, ("the cat sat", " on the mat"), 0)]
-    base = harness.loglikelihood(request)
-    wake(handle)
-    assert harness.loglikelihood(request) != base
-    handle.detach()
-    assert harness.loglikelihood(request) == base

@@ -93,7 +93,8 @@ def prepare(
             Order matters.
         out: the folder to write; new, empty, or one that the same request began.
         vocab_size: train a byte-level byte-pair tokenizer of this many tokens on the documents (see TRAINING_BYTES).
-        tokenizer: or use this one: "gpt2", a `tokenizer.json`, or a folder that holds one.
+        tokenizer: or use this one: "gpt2", a `tokenizer.json`, a folder that holds one, or the name of a repository on
+            the Hugging Face hub ("owner/name") that does.
         field: the key (JSON lines) or column (Parquet, hub) that holds the text.
         split: the split of a hub dataset.
         tasks: names of the tasks that the documents belong to, one for each source, in order; or none.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from ncn.config import NCNConfig
 from ncn.data import hash_shard
 from ncn.errors import UserError
 from ncn.files import PART_SUFFIX, readable_as_usual, write_atomically
+from ncn.hub import from_hub, is_hub_name
 from ncn.model import ModulatedTransformer
 from ncn.runs import flat
 from ncn.tokenizer import Tokenizer
@@ -194,8 +194,8 @@ def find(name_or_path: str | Path) -> Path:
         return _in_run_folder(path)
     if path.exists():
         raise UserError(f"{path} is a file: give the folder that holds it")
-    if isinstance(name_or_path, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name_or_path):
-        return _from_hub(name_or_path)
+    if isinstance(name_or_path, str) and is_hub_name(name_or_path):
+        return from_hub(name_or_path, ["*.json", "*.safetensors"])
     names = ", ".join(bundled()) or "none"
     raise UserError(f"no folder {str(name_or_path)!r}, and no bundled model of that name (bundled: {names})")
 
@@ -219,22 +219,6 @@ def _in_run_folder(path: Path) -> Path:
     if (path / "checkpoints").is_dir():
         raise UserError(f"the run in {path} has saved no model yet")
     return path
-
-
-def _from_hub(name: str) -> Path:
-    try:
-        import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError:
-        raise UserError(
-            f"no folder {name!r}; to look for it on the Hugging Face hub: pip install huggingface_hub"
-        ) from None
-    try:
-        found = huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"no folder {name!r}, and it cannot be had from the Hugging Face hub: {reason}") from None
-    return Path(found)
 
 
 def _read_tensors(folder: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -17,12 +17,16 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from ncn.errors import UserError
 from ncn.files import write_atomically
+from ncn.hub import from_hub, is_hub_name
 
 SEPARATOR = "<|endoftext|>"
 """The token that begins every document, and the line that separates documents in a plain text file."""
 
 MINIMUM_VOCAB_SIZE = 257
 """256 bytes and the separator: the smallest byte-level vocabulary."""
+
+HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+"""What is fetched of a repository for its tokenizer."""
 
 _BUNDLED = {"gpt2": Path(__file__).parent / "assets" / "gpt2_tokenizer.json.xz"}
 _USUAL_END_TOKENS = ("</s>", "<eos>", "<|end_of_text|>", "<|im_end|>", "[EOS]")
@@ -69,20 +73,31 @@ class Tokenizer:
         """Read a tokenizer.
 
         Args:
-            source: "gpt2" (ships with the package), a `tokenizer.json` or `tokenizer.json.xz`, or a folder that holds
-                one (a saved Hugging Face tokenizer, a prepared dataset, a saved model).
+            source: "gpt2" (ships with the package), a `tokenizer.json` or `tokenizer.json.xz`, a folder that holds
+                one (a saved Hugging Face tokenizer, a prepared dataset, a saved model), or else the name of a
+                repository on the Hugging Face hub ("owner/name") that does.
 
         Raises:
             UserError: there is no such file, it is not a tokenizer, or it has no separator.
         """
         path = _BUNDLED.get(str(source), Path(source))
+        if is_hub_name(str(source)) and not path.exists():
+            path = from_hub(str(source), HUB_FILES)
+            if not (path / "tokenizer.json").is_file():
+                raise UserError(
+                    f"{source} holds no tokenizer.json on the Hugging Face hub, or it was not kept when there was a "
+                    "network: save a fast tokenizer with save_pretrained and name its folder"
+                )
         if path.is_dir():
             found = [path / name for name in ("tokenizer.json", "tokenizer.json.xz") if (path / name).is_file()]
             if not found:
                 raise UserError(f"{path} holds no tokenizer.json: save a fast tokenizer there with save_pretrained")
             path = found[0]
         if not path.is_file():
-            raise UserError(f'no tokenizer at {source}: give "gpt2", a tokenizer.json, or a folder that holds one')
+            raise UserError(
+                f'no tokenizer at {source}: give "gpt2", a tokenizer.json, a folder that holds one, or the OWNER/NAME '
+                "of one on the Hugging Face hub"
+            )
         try:
             content = path.read_bytes()
             definition = json.loads(lzma.decompress(content) if path.suffix == ".xz" else content)

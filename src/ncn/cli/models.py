@@ -35,7 +35,10 @@ def prepare(
         int | None, typer.Option(help="Train a byte-pair tokenizer of this size on the data.")
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Or use this one: gpt2, a tokenizer.json, or a folder that holds one.")
+        str | None,
+        typer.Option(
+            help="Or use this one: gpt2, a tokenizer.json, a folder that holds one, or OWNER/NAME on the hub."
+        ),
     ] = None,
     field: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
     split: Annotated[str, typer.Option(help="Split of a hub dataset.")] = "train",

@@ -141,7 +141,8 @@ def _count(config: Any, method: Method, size: int, controller: ControllerConfig)
     with torch.device("meta"):
         if method == "ncn":
             wanted = controller.model_copy(update={"hidden": size})
-            source = signal_source(core_config(config, wanted, config.num_hidden_layers))
+            text = config.get_text_config()
+            source = signal_source(core_config(text, wanted, text.num_hidden_layers))
             assert source is not None
             return sum(parameter.numel() for parameter in source.parameters())
         base = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]

@@ -108,7 +108,7 @@ class AttachedController:
         self.current: dict[int, Factors | None] = {}
         self._last: dict[str, Tensor] = {}
         self._last_mask: Tensor | None = None
-        self._undo: list[Callable[[], object]] = [use_sharpened_attention(model, self.decoder)]
+        self._undo: list[Callable[[], object]] = [use_sharpened_attention(self.decoder)]
         try:
             self._add_hooks()
             check_sites(self)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -44,8 +44,8 @@ for _base in _BASES:
     AttentionMaskInterface.register(_PREFIX + _base, ALL_MASK_ATTENTION_FUNCTIONS[_base])
 
 
-def use_sharpened_attention(model: PreTrainedModel, decoder: nn.Module) -> Callable[[], None]:
-    """Make the model attend through these functions; returns what undoes it. Raises `UserError` where it cannot."""
+def use_sharpened_attention(decoder: nn.Module) -> Callable[[], None]:
+    """Make the decoder attend through these functions; returns what undoes it. Raises `UserError` where it cannot."""
     config: Any = decoder.config
     before = config._attn_implementation
     if before not in _BASES:
@@ -54,7 +54,10 @@ def use_sharpened_attention(model: PreTrainedModel, decoder: nn.Module) -> Calla
         )
     if before == "eager" and getattr(config, "reorder_and_upcast_attn", False):
         raise UserError("reorder_and_upcast_attn bypasses the attention interface; load the model without it")
-    model.set_attn_implementation(_PREFIX + before)
+    # Of the decoder alone: a model that also reads images attends to them as before. It is a submodel with a
+    # configuration of its own there, and shares the model's everywhere else.
+    changed: Any = decoder
+    changed.set_attn_implementation(_PREFIX + before)
     if config._attn_implementation != _PREFIX + before:
         raise UserError(f"a {config.model_type!r} model does not attend through the library's attention interface")
-    return lambda: model.set_attn_implementation(before)
+    return lambda: changed.set_attn_implementation(before)

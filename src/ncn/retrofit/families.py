@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -41,6 +41,7 @@ _POST_NORM = Family(
 )
 FAMILIES: Mapping[str, Family] = {
     "gemma2": _POST_NORM,
+    "gemma3": replace(_POST_NORM, decoder="model.language_model"),
     "gemma3_text": _POST_NORM,
     "gpt2": Family("transformer", "h", "attn", "attn.c_proj", "attn", "mlp"),
     "gpt_neox": Family("gpt_neox", "layers", "attention", "attention.dense", "attention", "mlp"),
@@ -50,8 +51,9 @@ FAMILIES: Mapping[str, Family] = {
     "phi3": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "smollm3": _LLAMA,
 }
-"""Rows by `config.model_type`. SmolLM is a Llama."""
+"""Rows by `config.model_type`. SmolLM is a Llama; `gemma3` also reads images, `gemma3_text` does not."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ _WORDS = {
 
 def describe_base(model: PreTrainedModel) -> dict[str, Any]:
     """What a controller must find again: architecture and widths, and a hash of all that the configuration decides."""
-    config: Any = model.config
+    config: Any = model.config.get_text_config()
     settings = {name: value for name, value in config.to_dict().items() if name not in _CHANGEABLE}
     text = json.dumps(settings, sort_keys=True, default=str)
     return {

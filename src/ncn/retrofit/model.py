@@ -19,13 +19,14 @@ from ncn.config import NCNConfig, Recipe
 from ncn.control_inputs import check_inputs
 from ncn.data import TokenDataset
 from ncn.errors import UserError
+from ncn.hub import from_hub, is_hub_name
 from ncn.model import Frozen, ModulatedTransformer
 from ncn.retrofit.attach import AttachedController, attach
 from ncn.retrofit.families import core_config
 from ncn.retrofit.files import load_controller
 from ncn.runs import read_json
 from ncn.store import CONTROLLER
-from ncn.tokenizer import Tokenizer
+from ncn.tokenizer import HUB_FILES, Tokenizer
 from ncn.types import ControlInputs, Hidden
 
 TRAINING = {"tokens": 1_000_000, "batch_size": 8, "context": 256, "learning_rate": 1e-2}
@@ -114,7 +115,7 @@ def retrofit_recipe(base: str | Path, settings: Iterable[str] = (), recipe: Reci
     `Recipe.read`. The model's shape is the base's.
     """
     found = _read_base(base, AutoConfig)
-    context = min(found.max_position_embeddings, TRAINING["context"])
+    context = min(found.get_text_config().max_position_embeddings, TRAINING["context"])
     made = recipe or Recipe.parse({"model": _shape(found), "train": TRAINING | {"context": context}})
     made = Recipe.parse(made.model_dump() | {"base": _place(base)})
     made = made.with_settings(settings)
@@ -145,6 +146,7 @@ def load_retrofitted(folder: Path) -> tuple[RetrofittedModel, Tokenizer]:
 
 
 def _shape(config: Any) -> dict[str, Any]:
+    config = config.get_text_config()
     shape = core_config(config, None, config.num_hidden_layers)
     return shape.model_dump(exclude={"controller", "separator_id"}) | {
         "context_length": config.max_position_embeddings,
@@ -156,9 +158,20 @@ def check_base_tokenizer(base: str | Path, data: TokenDataset, vocab_size: int) 
     remedy = f"prepare it with --tokenizer {base}"
     if data.vocab_size > vocab_size:
         raise UserError(f"the data has a vocabulary of {data.vocab_size}, and the base one of {vocab_size}; {remedy}")
-    beside = (Path(base) / "tokenizer.json").is_file()
-    if beside and Tokenizer.load(base).fingerprint != data.manifest.tokenizer_sha256:
+    place = Path(base)
+    if not place.exists() and is_hub_name(str(base)):
+        place = from_hub(str(base), HUB_FILES)
+    if (place / "tokenizer.json").is_file() and not _same_tokens(Tokenizer.load(place), data):
         raise UserError(f"{data.folder} was prepared with another tokenizer than the base's; {remedy}")
+
+
+def _same_tokens(tokenizer: Tokenizer, data: TokenDataset) -> bool:
+    """Whether the data could be this tokenizer's: files of one tokenizer differ, so a sample is encoded again."""
+    if tokenizer.fingerprint == data.manifest.tokenizer_sha256:
+        return True
+    own = data.tokenizer()
+    sample = own.decode(data.read(1, min(data.tokens - 1, 1000)).tolist())
+    return tokenizer.separator_id == data.separator_id and tokenizer.encode(sample) == own.encode(sample)
 
 
 def load_base(place: str | Path) -> PreTrainedModel:
