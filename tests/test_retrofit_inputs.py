@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import ncn
 from ncn import UserError
+from ncn.experiments.steering.writing import write_stories
 from ncn.generate import generate_tokens
 from ncn.retrofit.model import RetrofittedModel, _shape
 from ncn.tokenizer import Tokenizer
@@ -180,6 +181,45 @@ def test_our_own_generation_steers_it_too() -> None:
         control = ncn.ControlInputs(values)
         sequence.append(int(model(torch.tensor([sequence]), control=control).logits[0, -1].argmax()))
     assert made(sliders={"calm": (0.0, 1.0)}) == sequence[3:]
+
+
+@torch.no_grad()
+def test_its_cache_is_cropped_reordered_and_repeated_whole() -> None:
+    model, text, new = in_our_manners(), ids(9, rows=3), ids(2, rows=6, seed=4)
+    cache = ncn.Cache()
+    model(text, cache=cache)
+    cache.crop(6)
+    model(text[:, 6:7], cache=cache)
+    cache.reorder(torch.tensor([2, 0, 0]))
+    cache.repeat(2)
+    rows = torch.cat([text[[2, 2, 0, 0, 0, 0], :7], new], 1)
+    said = model(new, cache=cache).logits
+    torch.testing.assert_close(said, model(rows).logits[:, 7:], rtol=0, atol=2e-4)
+    assert not torch.allclose(said[1], said[2])
+    cache.crop(0)
+    torch.testing.assert_close(model(text[:1], cache=cache).logits, model(text[:1]).logits, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_stories_written_together_are_those_written_alone(name: str, guidance: float) -> None:
+    model = in_our_manners(name)
+    prompts, sliders = ids(3, rows=6), torch.full((6, 1, 2), math.nan)
+    sliders[:, 0, 0] = torch.linspace(0, 1, 6)
+
+    def written(stop: int, rows: slice = slice(None)) -> list[list[int]]:
+        chosen = prompts[rows]
+        return write_stories(
+            model, chosen, sliders[rows], torch.rand(6, 20, generator=torch.Generator().manual_seed(0))[rows],
+            stop_id=stop, temperature=0.8, guidance=guidance,
+        )  # fmt: skip
+
+    # the commonest token among those of different places ends a story, so that some leave the batch before others
+    free = [story[2:] for story in written(-1)]
+    stop = max(range(96), key=lambda token: len({story.index(token) for story in free if token in story}))
+    together = written(stop)
+    assert len({len(story) for story in together}) > 2
+    assert together == [written(stop, slice(row, row + 1))[0] for row in range(6)]
 
 
 def test_a_base_that_caps_its_logits_is_trained_on_capped_ones() -> None:
