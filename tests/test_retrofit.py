@@ -20,6 +20,15 @@ from retrofits import MODELS, attached, base, ids, wake
 
 pytestmark = pytest.mark.xdist_group("transformers")
 EVERY = pytest.mark.parametrize("name", list(MODELS))
+EAGER = [pytest.param(name, "eager", torch.float32, id=f"{name}-eager") for name in ("gpt2", "llama", "gemma2")]
+HALF = [
+    pytest.param(name, attention, torch.bfloat16, id=f"{name}-{attention}-bf16")
+    for name, attention in [("gpt2", None), ("llama", "eager"), ("qwen3", None)]
+]
+EVERY_WAY = pytest.mark.parametrize(
+    ("name", "attention", "dtype"),
+    [*(pytest.param(name, None, torch.float32, id=name) for name in MODELS), *EAGER, *HALF],
+)
 
 
 @torch.no_grad()
@@ -71,9 +80,11 @@ def test_detached_a_model_is_its_base_with_nothing_left_behind(name: str) -> Non
         handle.detach()
 
 
-@EVERY
-def test_every_signal_of_every_layer_changes_the_output_and_gets_a_gradient(name: str) -> None:
-    model, handle = attached(name)
+@EVERY_WAY
+def test_every_signal_of_every_layer_changes_the_output_and_gets_a_gradient(
+    name: str, attention: str | None, dtype: torch.dtype
+) -> None:
+    model, handle = attached(name, attention=attention, dtype=dtype)
     model(input_ids=ids(), use_cache=False)
     for signal in handle.signals.values():
         assert signal.shape[:3] == (2, 12, 3)
@@ -111,9 +122,10 @@ def test_precision_is_the_temperature_of_attention() -> None:
     assert torch.allclose(sharpened, logits(model, ids()), atol=1e-5)
 
 
-@EVERY
-def test_decoding_says_what_the_whole_forward_says(name: str) -> None:
-    model, handle = attached(name)
+@EVERY_WAY
+def test_decoding_says_what_the_whole_forward_says(name: str, attention: str | None, dtype: torch.dtype) -> None:
+    model, handle = attached(name, attention=attention, dtype=dtype)
+    within, signals_within = (2e-4, 1e-5) if dtype == torch.float32 else (0.06, 0.02)
     text = ids(20)
     mask = torch.ones_like(text)
     mask[0, :4] = 0
@@ -131,12 +143,14 @@ def test_decoding_says_what_the_whole_forward_says(name: str) -> None:
         parts.append(output.logits)
         seen.append(handle.signals)
     real = mask.bool()
-    assert torch.allclose(torch.cat(parts, 1)[real], whole[real], atol=2e-4)
+    assert torch.allclose(torch.cat(parts, 1)[real], whole[real], atol=within)
     for each, signal in signals.items():
-        assert torch.allclose(torch.cat([part[each] for part in seen], 1)[real], signal[real], atol=1e-5)
+        assert torch.allclose(torch.cat([part[each] for part in seen], 1)[real], signal[real], atol=signals_within)
     # a padded row is what it is alone
     alone = logits(model, text[:1, 4:])
-    assert torch.allclose(whole[:1, 4:], alone, atol=2e-4)
+    assert torch.allclose(whole[:1, 4:], alone, atol=within)
+    with handle.disable():  # far from which the controller moved it
+        assert (logits(model, text[:1, 4:]) - alone).abs().max() > 5 * within
 
 
 @EVERY
@@ -324,26 +338,6 @@ def test_a_controller_of_another_base_is_refused_with_what_differs(tmp_path: Pat
     before = traces(model)
     assert "does not hold the controller" in refused(lambda: ncn.load_controller(model, tmp_path))
     assert traces(model) == before
-
-
-def test_the_trainer_trains_the_controller_and_nothing_else(tmp_path: Path) -> None:
-    from transformers import Trainer, TrainingArguments
-
-    model = base("llama")
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-    text = [{"input_ids": row, "labels": row} for row in ids(16, 32)]
-    handle = ncn.attach(model)
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=12, per_device_train_batch_size=8, learning_rate=3e-2, logging_steps=1,
-        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=text)  # type: ignore[arg-type]
-    trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert sum(losses[-3:]) < sum(losses[:3])
-    assert any(parameter.abs().sum() > 0 for name, parameter in handle.named_parameters() if "output.weight" in name)
-    handle.detach()
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own call

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import ncn
 from ncn import UserError
+from ncn.experiments.steering.writing import write_stories
 from ncn.generate import generate_tokens
 from ncn.retrofit.model import RetrofittedModel, _shape
 from ncn.tokenizer import Tokenizer
@@ -98,6 +99,55 @@ def test_generation_from_a_padded_batch_of_settings_is_that_of_each_row(name: st
     assert not torch.equal(together, model.generate(text, attention_mask=mask, **common))
 
 
+@pytest.mark.parametrize(("scale", "use_cache"), [(0.0, True), (3.0, True), (1.7, False)])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_guidance_leads_away_from_the_text_without_inputs(name: str, scale: float, use_cache: bool) -> None:
+    """In the base's own `generate`, for every row of a padded batch, what our own generation writes."""
+    model = in_our_manners(name)
+    text = ids(9)
+    text[0, :4] = 0
+    mask = (text != 0).long()
+    options: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": None, "use_cache": use_cache}
+
+    def made(**more: Any) -> torch.Tensor:
+        with model.handle.given(sliders={"calm": [0.9, 0.1]}):
+            found: torch.Tensor = model.base.generate(text, guidance_scale=scale, **options | more)
+        return found
+
+    for how in ({"attention_mask": mask}, {}):  # the library finds padding without a mask too
+        together = made(do_sample=False, **how)
+        for row, (start, value) in enumerate([(4, 0.9), (0, 0.1)]):
+            settings: dict[str, Any] = {"sliders": {"calm": value}, "guidance": scale, "temperature": 0.0}
+            alone = list(generate_tokens(model, text[row, start:].tolist(), max_tokens=6, **settings))
+            assert together[row, 9:].tolist() == alone
+    torch.manual_seed(0)
+    several = made(do_sample=True, temperature=1e-6, num_return_sequences=2, attention_mask=mask)
+    assert torch.equal(several, together.repeat_interleave(2, 0))
+
+
+def test_guidance_may_stand_in_a_configuration_and_needs_inputs_and_no_beams() -> None:
+    from transformers import GenerationConfig
+
+    model, handle = steered()
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+    asked = GenerationConfig(guidance_scale=3.0, **options)
+    plain = model.generate(ids(), guidance_scale=3.0, **options)
+    with handle.given(sliders={"calm": 0.9}):
+        made = model.generate(ids(), guidance_scale=3.0, **options)
+        assert torch.equal(made, model.generate(ids(), generation_config=asked))
+        assert torch.equal(
+            made, model.generate(input_ids=ids(), guidance_scale=3.0, negative_prompt_ids=ids(), **options)
+        )
+        assert not torch.equal(made, model.generate(ids(), guidance_scale=3.0, negative_prompt_ids=ids(2), **options))
+        with pytest.raises(UserError, match="does not follow beams"):
+            model.generate(ids(), guidance_scale=3.0, num_beams=2, **options)
+        with pytest.raises(UserError, match="give generate its input_ids"):
+            model.generate(inputs_embeds=model.get_input_embeddings()(ids()), guidance_scale=3.0, **options)
+    assert asked.guidance_scale == 3
+    # where nothing is given the library guides as it always does, away from the end of the prompt
+    assert torch.equal(plain, model.generate(ids(), guidance_scale=3.0, negative_prompt_ids=ids()[:, -1:], **options))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_gradient_checkpointing_keeps_the_inputs_of_passes_side_by_side(name: str) -> None:
     def gradients(checkpointing: bool) -> list[torch.Tensor]:
@@ -180,6 +230,45 @@ def test_our_own_generation_steers_it_too() -> None:
         control = ncn.ControlInputs(values)
         sequence.append(int(model(torch.tensor([sequence]), control=control).logits[0, -1].argmax()))
     assert made(sliders={"calm": (0.0, 1.0)}) == sequence[3:]
+
+
+@torch.no_grad()
+def test_its_cache_is_cropped_reordered_and_repeated_whole() -> None:
+    model, text, new = in_our_manners(), ids(9, rows=3), ids(2, rows=6, seed=4)
+    cache = ncn.Cache()
+    model(text, cache=cache)
+    cache.crop(6)
+    model(text[:, 6:7], cache=cache)
+    cache.reorder(torch.tensor([2, 0, 0]))
+    cache.repeat(2)
+    rows = torch.cat([text[[2, 2, 0, 0, 0, 0], :7], new], 1)
+    said = model(new, cache=cache).logits
+    torch.testing.assert_close(said, model(rows).logits[:, 7:], rtol=0, atol=2e-4)
+    assert not torch.allclose(said[1], said[2])
+    cache.crop(0)
+    torch.testing.assert_close(model(text[:1], cache=cache).logits, model(text[:1]).logits, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_stories_written_together_are_those_written_alone(name: str, guidance: float) -> None:
+    model = in_our_manners(name)
+    prompts, sliders = ids(3, rows=6), torch.full((6, 1, 2), math.nan)
+    sliders[:, 0, 0] = torch.linspace(0, 1, 6)
+
+    def written(stop: int, rows: slice = slice(None)) -> list[list[int]]:
+        chosen = prompts[rows]
+        return write_stories(
+            model, chosen, sliders[rows], torch.rand(6, 20, generator=torch.Generator().manual_seed(0))[rows],
+            stop_id=stop, temperature=0.8, guidance=guidance,
+        )  # fmt: skip
+
+    # the commonest token among those of different places ends a story, so that some leave the batch before others
+    free = [story[2:] for story in written(-1)]
+    stop = max(range(96), key=lambda token: len({story.index(token) for story in free if token in story}))
+    together = written(stop)
+    assert len({len(story) for story in together}) > 2
+    assert together == [written(stop, slice(row, row + 1))[0] for row in range(6)]
 
 
 def test_a_base_that_caps_its_logits_is_trained_on_capped_ones() -> None:

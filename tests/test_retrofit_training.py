@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import ncn
 from ncn.attributes import write_attributes
+from ncn.cli.app import app
 from ncn.diagnosis.readers import reader_of
 from ncn.evaluate import evaluate
 from ncn.generate import generate
@@ -20,6 +22,7 @@ from ncn.prepare import prepare
 from ncn.retrofit.model import RetrofittedModel, retrofit_recipe
 from ncn.scanner import scan
 from ncn.train import train
+from retrofits import attached, base, ids
 
 pytestmark = pytest.mark.xdist_group("transformers")
 TEXTS = Path(__file__).parent / "fixtures"
@@ -125,6 +128,76 @@ def test_a_controller_on_a_base_is_trained_with_sliders(place: Path, tmp_path: P
     )
     plain = model(ids).logits
     assert not torch.equal(model(ids, control=ncn.ControlInputs(torch.tensor([[[0.9]]]))).logits, plain)
+
+
+def run(*words: object) -> str:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return done.output
+
+
+def test_the_commands(place: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(place / "data", tmp_path / "data")
+    write_attributes(data)
+    out = tmp_path / "run"
+    settings = [*SETTINGS, "tokens=1_000", "controller.sliders=[length]"]
+    trained = run("train", "--base", place / "base", "--data", data, "--valid", data, "--out", out, *settings)
+    parameters = json.loads((out / "summary.json").read_text())["parameters"]
+    assert f"{parameters:,}" in trained
+    assert f"a controller of {parameters:,} parameters on {place / 'base'}" in run("info", out)
+    assert "signals frozen" in run("evaluate", out, "--data", data, "--context", "32", "--max-tokens", "600")
+    written = run("generate", out, "Tom had", "--max-tokens", "8", "--set", "length=0.9", "--guidance", "2")
+    assert "Tom had" in written
+    assert str(tmp_path / "scan.html") in run("scan", out, "Tom had 7 apples.", "--out", tmp_path / "scan.html")
+    run("diagnose", out, "--data", data, "--out", tmp_path / "diagnosis")
+    assert (tmp_path / "diagnosis").is_dir()
+    run("steer", out, "--data", data, "--out", tmp_path / "steering", "--prompts", "2", "--seeds", "1", "--report")
+    assert "| run | the controller | ncn |" in (tmp_path / "steering" / "steer.md").read_text()
+
+
+def test_the_trainer_trains_the_controller_and_nothing_else(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    model = base("llama")
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    text = [{"input_ids": row, "labels": row} for row in ids(16, 32)]
+    handle = ncn.attach(model)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=12, per_device_train_batch_size=8, learning_rate=3e-2, logging_steps=1,
+        report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=text)  # type: ignore[arg-type]
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert any(parameter.abs().sum() > 0 for name, parameter in handle.named_parameters() if "output.weight" in name)
+    handle.detach()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_the_trainer_checkpoints_gradients_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    text = [{"input_ids": row, "labels": row} for row in ids(16, 32)]
+
+    def trained(folder: str, resume: bool = False, **options: Any) -> dict[str, torch.Tensor]:
+        model, handle = attached("llama", awake=False)
+        arguments = TrainingArguments(
+            str(tmp_path / folder), per_device_train_batch_size=8, learning_rate=3e-2, report_to=[], use_cpu=True,
+            disable_tqdm=True, save_steps=3, max_steps=6, seed=1,
+            activation_checkpointing_kwargs={"use_reentrant": False}, **options,
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=text).train(resume_from_checkpoint=resume)  # type: ignore[arg-type]
+        return {name: value.detach().clone() for name, value in handle.named_parameters()}
+
+    plain = trained("plain")
+    whole = trained("run", activation_checkpointing=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    again = trained("run", resume=True, activation_checkpointing=True)
+    for name, value in whole.items():
+        assert torch.equal(value, again[name]), name
+        torch.testing.assert_close(value, plain[name], rtol=1e-3, atol=1e-3)
+    assert any(value.abs().sum() > 0 for name, value in whole.items() if "output.weight" in name)
 
 
 def _neutral(model: RetrofittedModel) -> dict[str, torch.Tensor]:

@@ -297,5 +297,13 @@ def test_the_command(data: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert re.search(r"ncn +length +guidance 2: Spearman \+0\.00", done.output)
     assert str(tmp_path / "out" / "compare.png") in done.output
+    assert (tmp_path / "out" / "steer.md").is_file()
+    command[command.index("--data") + 1] = str(data.parent / "text.txt")  # prepared, measured and kept
+    command[command.index("--out") + 1] = str(tmp_path / "silent")
+    for _ in range(2):
+        done = CliRunner().invoke(app, [*command, "--no-report"])
+        assert done.exit_code == 0, done.output
+        assert sorted(path.name for path in (tmp_path / "silent").iterdir()) == ["data", "measured"]
+        assert done.output.endswith(f"{tmp_path / 'silent' / 'measured'}\n")
     twice = CliRunner().invoke(app, [*command, "--against", str(tmp_path / "ncn")])
     assert twice.exit_code != 0

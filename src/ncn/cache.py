@@ -24,7 +24,8 @@ class Cache:
         self.length = 0
         """Slots held before the tokens at hand; `advance` moves it once all layers have written."""
         self.foreign: Any = None
-        """The cache of a model that keeps its own, which then holds everything but the length."""
+        """The cache of a model that keeps its own, which then holds everything but the length: a transformers cache,
+        which crops, reorders and repeats what rides on it."""
         self._capacity = capacity
         self._slots: dict[str, Tensor] = {}
 
@@ -74,17 +75,24 @@ class Cache:
         length = self.length + length if length < 0 else length
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a cache of {self.length} slots to {length}")
+        if self.foreign is not None and 0 < length < self.length:
+            self.foreign.crop(length - self.length)
         self.length = length
         if not length:
             self._slots.clear()
+            self.foreign = None
 
     def reorder(self, rows: Int[Tensor, " rows"]) -> None:
         """Replace the batch by its `rows`, which may repeat: the step between two tokens of a beam search."""
         self._slots = {name: buffer.index_select(0, rows.to(buffer.device)) for name, buffer in self._slots.items()}
+        if self.foreign is not None:
+            self.foreign.reorder_cache(rows)
 
     def repeat(self, times: int) -> None:
         """Repeat each row of the batch `times` times, copies side by side."""
         self._slots = {name: torch.repeat_interleave(buffer, times, 0) for name, buffer in self._slots.items()}
+        if self.foreign is not None:
+            self.foreign.batch_repeat_interleave(times)
 
     @property
     def nbytes(self) -> int:

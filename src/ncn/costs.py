@@ -9,6 +9,7 @@ from torch import nn
 
 from ncn.cache import Cache
 from ncn.config import NCNConfig
+from ncn.controller import signal_source
 from ncn.model import ModulatedTransformer
 
 
@@ -46,6 +47,13 @@ def costs(config: NCNConfig) -> Costs:
         optimizer_bytes=8 * total,
         cache_bytes_per_token=_cache_bytes(model),
     )
+
+
+def controller_parameters(config: NCNConfig) -> int:
+    """Numbers of the controller alone, whatever it sits on."""
+    with torch.device("meta"):
+        source = signal_source(config)
+    return 0 if source is None else sum(parameter.numel() for parameter in source.parameters())
 
 
 def parameter_groups(model: ModulatedTransformer) -> dict[str, int]:

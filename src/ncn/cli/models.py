@@ -273,14 +273,18 @@ def info(
 ) -> None:
     """Parameters by part, the controller's share, FLOPs a token, and bytes of weights, optimiser and cache."""
     from ncn.costs import costs
-    from ncn.store import find, read_config
+    from ncn.store import CONTROLLER, find, read_config
 
     if name in presets() or Path(name).suffix in {".yaml", ".yml", ".json"}:
         config = Recipe.read(name, settings or []).model
     else:
         if settings:
             raise UserError(f"{name} is a trained model: settings can only be changed in a preset or a recipe file")
-        config = read_config(find(name))
+        folder = find(name)
+        if (folder / CONTROLLER).is_file():
+            _info_on_a_base(name, folder)
+            return
+        config = read_config(folder)
     found = costs(config)
     total_flops = sum(found.flops.values())
     total = found.total_parameters
@@ -298,3 +302,22 @@ def info(
     print(f"weights       {format_size(weights)} in float32, {format_size(weights // 2)} in bfloat16")
     print(f"optimiser     {format_size(found.optimizer_bytes)} (AdamW)")
     print(f"cache         {format_size(cache)} a sequence at full context, float32")
+
+
+def _info_on_a_base(name: str, folder: Path) -> None:
+    """Of a controller alone: what it is, costs and sits on, without reading its base."""
+    from ncn.costs import controller_parameters
+    from ncn.retrofit.files import read_controller
+
+    config, place = read_controller(folder)
+    controller = config.controller
+    assert controller is not None
+    count = controller_parameters(config)
+    print(f"{name}: a controller of {count:,} parameters on {place}\n")
+    print(f"its base      width {config.d_model:,}, {config.num_layers} layers, vocabulary {config.vocab_size:,}")
+    print(f"signals       {', '.join(controller.signals)}")
+    for what in ("sliders", "tasks"):
+        if names := getattr(controller, what):
+            print(f"{what:13s} {', '.join(names)}")
+    print(f"weights       {format_size(4 * count)} in float32, {format_size(2 * count)} in bfloat16")
+    print(f"optimiser     {format_size(8 * count)} (AdamW)")

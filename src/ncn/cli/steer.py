@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ncn.cli.app import app
 
+if TYPE_CHECKING:
+    from ncn.data import TokenDataset
+    from ncn.tokenizer import Tokenizer
+
 
 @app.command()
 def steer(
     model: Annotated[str, typer.Argument(help="Run folder or saved folder of a model with sliders.")],
-    data: Annotated[Path, typer.Option(help="Held-out dataset folder made by `ncn prepare --attributes`.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Held-out dataset folder made by `ncn prepare --attributes`, or any source that `ncn prepare` reads."
+        ),
+    ] = "tinystories-sample-valid",
     out: Annotated[
         Path, typer.Option(help="Folder for the page, its figures, the numbers, and what is measured so far.")
     ] = Path("steering"),
@@ -35,12 +44,14 @@ def steer(
         float | None, typer.Option(help="What the sliders that are not measured are set to. Default: unset.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Stories written at once.")] = 300,
+    report: Annotated[
+        bool, typer.Option(help="Write the page; without it, only measure, and keep what is found.")
+    ] = True,
 ) -> None:
     """Measure what each slider does: it is set to seven values, and the stories that come out are measured.
 
     What is measured for one slider of one model is kept; the same command after a kill goes on from there.
     """
-    from ncn.data import TokenDataset
     from ncn.errors import UserError
     from ncn.experiments.steering import steer as run
     from ncn.store import load
@@ -56,7 +67,7 @@ def steer(
     found = run(
         {label: load(path)[0] for label, path in models.items()},
         tokenizer,
-        TokenDataset.open(data),
+        _measured_data(data, tokenizer, out),
         out,
         without={label: load(path)[0] for label, path in plain.items()},
         judge=judging,
@@ -67,7 +78,7 @@ def steer(
         batch_size=batch_size,
         progress=True,
     )
-    paths = found.save(out)
+    paths = found.save(out) if report else [out / "measured"]
     for label, measured in found.results["models"].items():
         for name, by_guidance in measured["sliders"].items():
             for strength, slider in by_guidance.items():
@@ -75,3 +86,21 @@ def steer(
                 print(f"{label:20s} {name:20s} guidance {strength}: Spearman {own:+.2f}, of the means {means:+.2f}")
     for path in paths:
         print(path)
+
+
+def _measured_data(data: str, tokenizer: Tokenizer, out: Path) -> TokenDataset:
+    """A dataset folder as it is; anything else is prepared and measured in `out`, once."""
+    import tempfile
+
+    from ncn.attributes import TABLE, write_attributes
+    from ncn.data import TokenDataset
+    from ncn.prepare import prepare
+
+    if Path(data).is_dir():
+        return TokenDataset.open(data)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save(Path(scratch))
+        prepare([data], out / "data", tokenizer=scratch, progress=True)
+    if not (out / "data" / TABLE).is_file():
+        write_attributes(out / "data", progress=True)
+    return TokenDataset.open(out / "data")

@@ -21,9 +21,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ncn.config import NCNConfig
-from ncn.errors import UserError
 from ncn.given import Given, InstructionIds, SliderValues, TaskValues
 from ncn.hf.cache import HostedCache
+from ncn.hf.guidance import Settings, second_reading
 from ncn.loss import IGNORED
 from ncn.model import ModulatedTransformer
 from ncn.signals import homeostatic_loss
@@ -212,21 +212,9 @@ class NCNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyp
     ) -> Any:
         """As in the library, with the inputs from outside that `forward` takes. `guidance_scale` above 1 extrapolates
         from the same text without them to the text with them, unless a negative prompt is given."""
-        settings = generation_config or self.generation_config
-
-        def option(name: str, default: Any) -> Any:
-            value = kwargs.get(name, getattr(settings, name, None))
-            return default if value is None else value
-
-        if option("guidance_scale", 1) != 1 and kwargs.get("negative_prompt_ids") is None:
-            if option("num_beams", 1) > 1:
-                raise UserError("guidance_scale does not follow beams from token to token; use num_beams=1, or sample")
-            ids, copies = kwargs.get("input_ids") if inputs is None else inputs, option("num_return_sequences", 1)
-            mask = kwargs.get("attention_mask")
-            if ids is None:
-                raise UserError("guidance_scale reads the text a second time: give generate its input_ids")
-            kwargs["negative_prompt_ids"] = ids.repeat_interleave(copies, 0)
-            kwargs["negative_prompt_attention_mask"] = None if mask is None else mask.repeat_interleave(copies, 0)
+        settings = Settings(self, generation_config, kwargs)
+        if settings.get("guidance_scale", 1) != 1:
+            kwargs |= second_reading(settings, inputs, kwargs)
         return super().generate(inputs, generation_config, *args, **kwargs)  # type: ignore[misc]
 
     def _separators(self, embeddings: Tensor) -> Tensor:

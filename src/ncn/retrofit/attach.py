@@ -28,6 +28,7 @@ from ncn.model import Frozen, freeze
 from ncn.modulation import Factors, layer_factors, scale
 from ncn.retrofit.attention import CARRIER, use_sharpened_attention
 from ncn.retrofit.families import Family, core_config, family_of, find_sites
+from ncn.retrofit.guidance import use_guidance
 from ncn.retrofit.inputs import InputsAt, Instruction, inputs_at, stretch
 from ncn.retrofit.masks import real_tokens
 from ncn.retrofit.probe import check_sites
@@ -247,6 +248,8 @@ class AttachedController:
             # The controller's state grows by a slot at each token: a compiled step would be compiled anew each time.
             before, generation.disable_compile = generation.disable_compile, True
             self._undo.append(lambda: setattr(generation, "disable_compile", before))
+            guided = use_guidance(self.model, lambda: self._enabled and self._inputs is not None, self.given)
+            self._undo.append(guided)
         self.controller.train(self.model.training)
         self.model.add_module(NAME, self.controller)
         self._undo.append(lambda: delattr(self.model, NAME))

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from ncn.config import ControllerConfig
+from ncn.config import ControllerConfig, NCNConfig
 from ncn.errors import UserError
 from ncn.files import write_atomically
 from ncn.retrofit.attach import AttachedController, attach
-from ncn.retrofit.families import Family
+from ncn.retrofit.families import LONGEST_MEMORY, Family
 from ncn.runs import read_json
 from ncn.store import CONTROLLER, write_tensors
 
@@ -54,6 +54,28 @@ def save_controller(handle: AttachedController, folder: Path, base_name: str | N
         "base": describe_base(handle.model),
     } | ({"base_name": base_name} if base_name else {})
     write_atomically(folder / CONTROLLER, json.dumps(content, indent=2) + "\n")
+
+
+def read_controller(folder: Path) -> tuple[NCNConfig, str]:
+    """The form of a saved controller on its base, and where that base is, as far as it was written down; neither the
+    weights nor the base are read. Raises `UserError` for files that describe no controller."""
+    content = read_json(folder / CONTROLLER)
+    try:
+        base = content["base"]
+        shape = NCNConfig(
+            vocab_size=base["vocab_size"],
+            d_model=base["hidden_size"],
+            num_layers=base["num_hidden_layers"],
+            num_heads=base["num_attention_heads"],
+            context_length=LONGEST_MEMORY,
+            cross_documents=True,
+            positions="learned",
+            controller=ControllerConfig(**content["controller"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{folder / CONTROLLER} describes no controller on a base: {reason}") from None
+    return shape, content.get("base_name") or f"a {base['model_type']} model"
 
 
 def load_controller(

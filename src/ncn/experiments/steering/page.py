@@ -31,7 +31,7 @@ def steering_page(results: Mapping[str, Any]) -> str:
         f"{results['prompts']} beginnings of held-out documents ({results['prompt_tokens']} tokens) were continued "
         f"{times} at each of {len(results['settings'])} values of every slider, the others {others}, "
         f"at temperature {results['temperature']:g}, up to {results['longest']} tokens. What came out was measured and "
-        "ranked among the documents of the training data, so that both the slider and the attribute go from 0 to 1.",
+        "ranked as the documents are, so that both the slider and the attribute go from 0 to 1.",
         _models(results),
         "## Obedience",
         _obedience(results),
