@@ -1,38 +1,58 @@
 """Run every benchmark, and write `benchmarks/results.json` and the tables of `benchmarks/README.md`.
 
-python -m benchmarks [--steps N]
+python -m benchmarks [--steps N] [--only PART]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decode, memory, train_step
+from benchmarks import decode, memory, prepare_throughput, train_step
 from benchmarks.measure import environment
 
 HERE = Path(__file__).parent
 MARK = "<!-- measured: what follows is written by python -m benchmarks -->"
+PRECISIONS = ("bfloat16", "float32")
+
+PARTS = ("train", "decode", "memory", "prepare")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10, help="measured rounds of each benchmark")
-    rounds = parser.parse_args().steps
-    results: dict[str, Any] = {"environment": environment(), "train": [], "memory": {}, "decode": []}
-    for precision in ("bfloat16", "float32"):
-        for preset in ("mini", "published-18m"):
-            results["train"].append(_told(train_step.measure(preset, precision, rounds)))
-        results["decode"].append(_told(decode.measure(precision, max(rounds // 2, 3))))
-        results["memory"][precision] = _told(
-            {arm: memory.measure(arm, "published-18m", precision) for arm in ("ncn", "static twin", "gpt2")}
-        )
-    (HERE / "results.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    parser.add_argument("--only", choices=PARTS, help="measure this part, and keep the stored numbers of the others")
+    options = parser.parse_args(arguments)
+    rounds, file = options.steps, HERE / "results.json"
+    results: dict[str, Any] = {"environment": environment()}
+    if options.only:
+        results = json.loads(file.read_text("utf-8"))
+    for part in [options.only] if options.only else PARTS:
+        results[part] = _measured(part, rounds)
+    file.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     page = HERE / "README.md"
     page.write_text(page.read_text("utf-8").split(MARK)[0] + MARK + "\n\n" + tables(results), "utf-8")
+
+
+def _measured(part: str, rounds: int) -> Any:
+    if part == "prepare":
+        return _told(prepare_throughput.measure(max(rounds // 2, 1)))
+    if part == "memory":
+        arms = ("ncn", "static twin", "gpt2")
+        return {
+            precision: _told({arm: memory.measure(arm, "published-18m", precision) for arm in arms})
+            for precision in PRECISIONS
+        }
+    if part == "decode":
+        return [_told(decode.measure(precision, max(rounds // 2, 3))) for precision in PRECISIONS]
+    return [
+        _told(train_step.measure(preset, precision, rounds))
+        for precision in PRECISIONS
+        for preset in ("mini", "published-18m")
+    ]
 
 
 def tables(results: Mapping[str, Any]) -> str:
@@ -70,6 +90,15 @@ def tables(results: Mapping[str, Any]) -> str:
     for precision, row in results["memory"].items():
         sizes = " | ".join(f"{row[arm] / 2**20:,.0f} MiB" for arm in ("ncn", "static twin", "gpt2"))
         lines.append(f"| {precision} | {sizes} | {row['ncn'] / row['gpt2']:.2f} |")
+    row = results["prepare"]
+    lines += [
+        "",
+        "| preparing text | million tokens/s | MB/s | the tokenizers library alone, million tokens/s | against it |",
+        "|---|---|---|---|---|",
+        f"| {row['documents']:,} documents, {row['workers']} threads | {row['tokens_per_second']['prepare'] / 1e6:.2f} "
+        f"| {row['bytes_per_second'] / 1e6:.1f} | {row['tokens_per_second']['tokenizers'] / 1e6:.2f} "
+        f"| {_speed(row['speed_against_tokenizers'])} |",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -5,44 +5,71 @@ Both do the same documents in the same process, alternating; `prepare` also unpa
 writes them. The library's own `encode_batch` (threads of its own, the whole list in one call) gets its documents
 ready-made.
 
-    python benchmarks/prepare_throughput.py
+    python -m benchmarks.prepare_throughput
 """
 
+from __future__ import annotations
+
+import argparse
+import functools
 import os
-
-os.environ["TOKENIZERS_PARALLELISM"] = "true"
-
 import statistics
 import tempfile
-import time
 from pathlib import Path
+from typing import Any
 
+from benchmarks.measure import ratio, seconds
+from ncn.data import Manifest
+from ncn.encoding import usable_cores
 from ncn.prepare import prepare
 from ncn.sources import open_source
 from ncn.tokenizer import Tokenizer
 
 SAMPLE = "tinystories-sample"
-ROUNDS = 5
+
+
+def measure(rounds: int, source: str = SAMPLE) -> dict[str, Any]:
+    """Tokens a second of both arms, bytes of text a second of `prepare`, and its speed in units of the library's."""
+    documents = [piece.text for piece in open_source(source, "text", "train").pieces()]
+    times: dict[str, list[float]] = {"tokenizers": [], "prepare": []}
+    tokens = size = 0
+    for _ in range(rounds):
+        times["tokenizers"].append(_library(documents))
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "data"
+            times["prepare"].append(seconds(functools.partial(prepare, [source], out, tokenizer="gpt2")))
+            manifest = Manifest.read(out)
+        tokens, size = manifest.tokens, manifest.text_bytes
+    return {
+        "source": source,
+        "documents": len(documents),
+        "workers": usable_cores(),
+        "rounds": rounds,
+        "tokens_per_second": {name: tokens / statistics.median(taken) for name, taken in times.items()},
+        "bytes_per_second": size / statistics.median(times["prepare"]),
+        "speed_against_tokenizers": ratio(times, "tokenizers", "prepare"),
+    }
+
+
+def _library(documents: list[str]) -> float:
+    """Seconds that the library takes with a new tokenizer, whose cache of words is empty as that of `prepare` is."""
+    backend = Tokenizer.load("gpt2").backend
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        return seconds(lambda: backend.encode_batch(documents, add_special_tokens=False))
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def main() -> None:
-    documents = [piece.text for piece in open_source(SAMPLE, "text", "train").pieces()]
-    library, whole = [], []
-    for _ in range(ROUNDS):
-        tokenizer = Tokenizer.load("gpt2")
-        begun = time.perf_counter()
-        tokens = sum(map(len, tokenizer.backend.encode_batch(documents, add_special_tokens=False)))
-        library.append(tokens / (time.perf_counter() - begun) / 1e6)
-        with tempfile.TemporaryDirectory() as folder:
-            begun = time.perf_counter()
-            manifest = prepare([SAMPLE], Path(folder) / "data", tokenizer="gpt2")
-            whole.append(manifest.tokens / (time.perf_counter() - begun) / 1e6)
-        assert manifest.tokens == tokens + manifest.documents
-    print(f"{'M tokens/s':24}{'median':>8}{'best':>8}")
-    print(f"{'tokenizers encode_batch':24}{statistics.median(library):8.2f}{max(library):8.2f}")
-    print(f"{'prepare, start to end':24}{statistics.median(whole):8.2f}{max(whole):8.2f}")
-    ratio, best = statistics.median(whole) / statistics.median(library), max(whole) / max(library)
-    print(f"ratio: {ratio:.2f} (median), {best:.2f} (best)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5, help="measured rounds of each arm")
+    for key, value in measure(parser.parse_args().steps).items():
+        print(f"{key}: {value}")
 
 
 if __name__ == "__main__":

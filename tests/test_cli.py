@@ -178,6 +178,19 @@ def test_info_of_a_run_and_of_a_changed_preset(ncn: Command, finished: Path) -> 
     assert "settings can only be changed in a preset" in refused(ncn("info", finished, "num_layers=2"))
 
 
+def test_info_knows_the_optimiser_of_a_recipe_and_of_a_run(ncn: Command, finished: Path) -> None:
+    def told(*words: str | Path) -> str:
+        (line,) = (line for line in ncn("info", *words).printed.splitlines() if line.startswith("optimiser"))
+        return line
+
+    assert told("mini").endswith(" (Muon for the layers' matrices, AdamW for the rest)")
+    assert told("mini", "optimizer=adamw").endswith(" (AdamW)")
+    assert told("mini").split()[1] != told("mini", "optimizer=adamw").split()[1]
+    used = RunFolder.open(finished).recipe().train.optimizer
+    assert told(finished).endswith("(AdamW)" if used == "adamw" else "for the rest)")
+    assert told(finished / "model").endswith("(AdamW)")  # how it was trained is not known here
+
+
 # Help
 
 
@@ -196,6 +209,13 @@ def test_help_of_train_explains_every_setting(ncn: Command) -> None:
             assert f" {section}{name}" in words, name
             assert field.description, name
             assert " ".join(field.description.split()) in words, name
+    for values in (
+        "(one of: rope, learned)",
+        "(one of: cosine, linear)",
+        "(any of: gain, precision, ffn_gate, head_gate, norm_film)",
+        "(any of: tensorboard, trackio, wandb)",
+    ):
+        assert values in words
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -1,6 +1,6 @@
 """What `ncn info` says about a model agrees with the model."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -8,9 +8,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ncn.cache import Cache
-from ncn.config import NCNConfig, presets
+from ncn.config import NCNConfig, TrainConfig, presets
 from ncn.costs import costs
 from ncn.model import ModulatedTransformer
+from ncn.optimizers import build_optimizers, optimizer_state
 from tiny import MODEL
 
 VARIANTS: list[dict[str, Any]] = [
@@ -30,11 +31,26 @@ def test_the_parts_add_up_to_the_model(fields: dict[str, Any]) -> None:
     stored = list(model.parameters())
     assert found.total_parameters == sum(parameter.numel() for parameter in stored)
     assert found.weight_bytes == sum(parameter.nbytes for parameter in stored)
-    assert found.optimizer_bytes == 2 * found.weight_bytes
     controller = [] if model.controller is None else list(model.controller.parameters())
     assert found.parameters["controller"] == sum(parameter.numel() for parameter in controller)
     assert found.parameters["embedding"] == sum(
         module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("fields", VARIANTS)
+def test_optimizer_bytes_are_those_of_its_state(fields: dict[str, Any], optimizer: Literal["adamw", "muon"]) -> None:
+    config = NCNConfig.parse(MODEL | fields)
+    model = ModulatedTransformer(config)
+    optimizers = build_optimizers(model, TrainConfig(optimizer=optimizer))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for each in optimizers:
+        each.step()
+    state = optimizer_state(model, optimizers)
+    assert costs(config, optimizer).optimizer_bytes == sum(
+        tensor.nbytes for name, tensor in state.items() if not name.endswith("/step")
     )
 
 

@@ -30,6 +30,7 @@ from ncn import published
 from ncn.cli import main
 from ncn.config import NCNConfig
 from ncn.data import TokenDataset
+from ncn.diagnosis.balance import over_training
 from ncn.diagnosis.freezing import causal_value
 from ncn.diagnosis.inference import Resampling
 from ncn.diagnosis.readers import reader_of
@@ -271,13 +272,39 @@ def test_the_plot_twist_is_scanned_token_by_token(both: dict[str, ncn.Diagnosis]
     assert found.scan.bounds == expected.bounds
 
 
-def test_what_is_saved_is_a_page_with_all_its_figures(both: dict[str, ncn.Diagnosis], tmp_path: Path) -> None:
-    metrics = [
-        {"step": step, "tokens": 100 * step, "signals": {"gain": {"mean": 1.0, "spread": 0.1, "saturation": 0.0}}}
-        for step in (1, 2, 3)
+def lines_of_a_run(ranks: Sequence[float | None]) -> list[dict[str, Any]]:
+    gain = {"mean": 1.0, "spread": 0.1, "saturation": 0.0}
+    return [
+        {
+            "step": step,
+            "tokens": 100 * step,
+            "signals": {"gain": gain if rank is None else gain | {"effective_rank": rank}},
+        }
+        for step, rank in enumerate(ranks, 1)
     ]
+
+
+@pytest.mark.parametrize("ranks", [(None, None, None), (None, 2.5, 1.25), (3.0, 2.5, 1.25)])
+def test_the_rank_over_training_is_told_where_the_whole_run_logged_it(
+    both: dict[str, ncn.Diagnosis], tmp_path: Path, ranks: Sequence[float | None]
+) -> None:
+    course = over_training(lines_of_a_run(ranks))
+    assert course is not None
+    logged = ranks[0] is not None
+    assert course["signals"]["gain"].get("effective_rank") == (list(ranks) if logged else None)
+    assert course["signals"]["gain"]["spread"] == [0.1, 0.1, 0.1]
     found = both["order"]
-    found.results["training"] = ncn.diagnosis.balance.over_training(metrics)  # type: ignore[attr-defined]
+    found.results["training"] = course
+    page, *_ = found.save(tmp_path)
+    ends = "Spread at the end of training: gain 0.100" + logged * "; effective rank: gain 1.2" + ". No signal"
+    assert ends in " ".join(page.read_text().split())
+    with Image.open(tmp_path / "training.png") as picture:
+        assert picture.height == pytest.approx(1184 if logged else 896, abs=2)
+
+
+def test_what_is_saved_is_a_page_with_all_its_figures(both: dict[str, ncn.Diagnosis], tmp_path: Path) -> None:
+    found = both["order"]
+    found.results["training"] = over_training(lines_of_a_run([None] * 3))
     page, html, numbers = found.save(tmp_path / "deep" / "folder")
     assert json.loads(numbers.read_text()) == found.results
     text = page.read_text()

@@ -146,6 +146,7 @@ def test_without_ray_it_says_how_to_install_it(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # minutes on cores that do other work too
 @pytest.mark.filterwarnings("ignore")
 def test_ray_does_the_same(alone: list[Job], tmp_path: Path, data: Path, valid: Path) -> None:
     ray = pytest.importorskip("ray")

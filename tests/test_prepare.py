@@ -416,3 +416,42 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(
     assert lines
     assert all(line.startswith("prepare: ") and line.endswith("M/s") and "\x1b" not in line for line in lines)
     assert "s left" in lines[-1]
+
+
+GROWTH = """
+import sys
+from pathlib import Path
+from ncn import prepare as module
+def resident(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+source, tokenizer, out, whole = sys.argv[1:]
+if whole == "1":
+    streamed = module.placed_pieces
+    module.placed_pieces = lambda *arguments: iter(list(streamed(*arguments)))
+before = resident("VmRSS")
+module.prepare([source], Path(out), tokenizer=tokenizer, workers=2)
+print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="this system does not tell a process's peak memory")
+def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
+    """It does where all documents are read before the first is encoded, which the same measurement must show."""
+    Tokenizer.train(DOCUMENTS, 2000).save(tmp_path)  # a small one, whose loading does not hide what follows
+
+    def growth(copies: int, whole: bool) -> int:
+        path, out = tmp_path / f"{copies}.txt", tmp_path / f"{copies}-{whole}"
+        path.write_text(joined([f"{number} {text}" for number in range(copies) for text in DOCUMENTS]), "utf-8")
+        # getrusage would also count what this process held when it started the other one
+        command = [sys.executable, "-c", GROWTH, str(path), str(tmp_path), str(out), str(int(whole))]
+        return int(subprocess.run(command, capture_output=True, text=True, timeout=250, check=True).stdout)
+
+    copies = 4_000_000 // BYTES
+    small, large, mutant = growth(copies, False), growth(10 * copies, False), growth(10 * copies, True)
+    added = 9 * copies * BYTES
+    assert added > 30_000_000
+    print(small, large, mutant, added)
+    assert large - small < 0.15 * added
+    assert mutant - small > 0.6 * added

@@ -161,7 +161,29 @@ def test_one_saturated_layer_of_many_is_a_problem() -> None:
 
 
 def test_statistics_of_a_single_token() -> None:
-    assert signal_statistics({"gain": torch.ones(1, 1, 3)}, "smooth")["gain"]["spread"] == 0
+    values = signal_statistics({"gain": torch.ones(1, 1, 3)}, "smooth")["gain"]
+    assert values["spread"] == values["effective_rank"] == 0
+
+
+def rank_of(signal: Tensor) -> float:
+    return signal_statistics({"gain": signal}, "smooth")["gain"]["effective_rank"]
+
+
+def test_the_effective_rank_counts_independent_ways_of_moving() -> None:
+    generator = torch.Generator().manual_seed(0)
+    free = 1 + 0.1 * torch.randn(4, 2500, 3, 2, generator=generator)
+    knob = torch.randn(4, 2500, 1, 1, generator=generator)
+    collapsed = 1 + 0.1 * knob * torch.tensor([[1.0, -2.0], [3.0, 0.5], [1.0, 0.0]])
+    assert rank_of(free) == pytest.approx(6, abs=0.01)
+    assert rank_of(free[..., 0]) == pytest.approx(3, abs=0.01)
+    assert rank_of(collapsed) == pytest.approx(1, abs=1e-4)
+    assert rank_of(collapsed + 5 * torch.rand(3, 2, generator=generator)) == pytest.approx(1, abs=1e-4)
+    assert rank_of(torch.full((4, 2500, 3, 2), 1.1)) == 0
+    # two columns that move twice as far as the others: shares of 4/12, 4/12 and four of 1/12
+    uneven = torch.kron(torch.eye(6), torch.tensor([[1.0], [-1.0]])) * torch.tensor([2.0, 2, 1, 1, 1, 1])
+    entropy = 2 / 3 * math.log(3) + 1 / 3 * math.log(12)
+    assert rank_of(uneven[None]) == pytest.approx(math.exp(entropy))
+    assert rank_of(torch.randn(1, 50_000, 100, 2, generator=generator)) == pytest.approx(64, abs=0.1)
 
 
 @pytest.mark.parametrize("kind", ["ncn", "local", "static"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 
 import ncn
 from contracts.variants import SMALL_CONTROLLER, awake, config, text
-from ncn.attributes import MEASURES, DocumentSliders, rank, read_table, write_attributes
+from ncn import attributes
+from ncn.attributes import MEASURES, DocumentSliders, measure, rank, read_table, write_attributes
 from ncn.cache import Cache
 from ncn.config import ControllerConfig
 from ncn.document_inputs import DocumentInputs
@@ -243,6 +245,41 @@ def test_measures() -> None:
     assert MEASURES["exclamations"](story) == 1 / 4
     assert MEASURES["questions"](story) == 1 / 4
     assert MEASURES["sentence_length"]("") == 0
+
+
+def test_rarity_is_the_mean_of_bits_with_one_added_to_every_count() -> None:
+    counts = np.array([7.0, 3.0, 1.0, 1.0])  # with one more each, 8, 4, 2 and 2 of 16: 1, 2, 3 and 3 bits
+    assert measure("", np.array([0, 1, 1, 3]), counts)["rarity"] == (1 + 2 + 2 + 3) / 4
+    assert measure("", np.array([0]), np.array([6.0, 0.0]))["rarity"] == -math.log2(7 / 8)
+    assert measure("", np.array([1]), np.array([6.0, 0.0]))["rarity"] == 3  # a token that never occurred
+    assert measure("", np.array([], int), counts)["rarity"] == 0
+
+
+def test_sentiment_orders_texts_and_leads_nowhere_without_its_package(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vaderSentiment", reason="vaderSentiment is not installed")
+    counts = np.ones(4)
+    texts = [
+        "She loved the wonderful, happy day.",
+        "Tom has a table.",
+        "It was a horrible, sad death and she hated it.",
+    ]
+    good, plain, bad = (measure(text, np.array([0]), counts)["sentiment"] for text in texts)
+    assert 0.5 < good <= 1
+    assert plain == 0
+    assert -1 <= bad < -0.5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+        attributes._sentiment.cache_clear()
+        try:
+            assert list(measure("", np.array([0]), counts)) == [*MEASURES, "rarity"]
+            prepare([str(data / "text.txt")], tmp_path / "out", vocab_size=300)
+            assert write_attributes(tmp_path / "out") == [*MEASURES, "rarity"]
+            dataset = ncn.TokenDataset.open(tmp_path / "out")
+            with pytest.raises(ncn.UserError, match=r"no attribute 'sentiment'; .* pip install vaderSentiment and"):
+                DocumentSliders(dataset, ("sentiment",))
+        finally:
+            attributes._sentiment.cache_clear()
+    assert write_attributes(tmp_path / "out") == [*MEASURES, "rarity", "sentiment"]
 
 
 def test_ranks_say_more_than_so_many_and_put_ties_in_the_middle() -> None:

@@ -1,5 +1,6 @@
 """Training: the same result whatever interrupts it, and one clear line for whatever cannot go on."""
 
+import importlib.machinery
 import importlib.util
 import json
 import math
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -387,6 +389,46 @@ def test_a_tracker_that_is_not_installed_gives_the_command(tmp_path: Path, data:
     with pytest.raises(UserError, match=f"tracker {name} is not installed: pip install {name}"):
         run(recipe(trackers=[name]), data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class Service(types.ModuleType):
+    """Stands for wandb or trackio: runs by what identifies them, each with the steps logged to it."""
+
+    def __init__(self, name: str, key: str) -> None:
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        self.key, self.runs, self.open = key, dict[str, list[int]](), ""
+
+    def init(self, **given: Any) -> None:
+        assert (given["project"], given["resume"]) == ("ncn", "allow")
+        assert given["config"]["train"]["trackers"] == [self.__name__]
+        assert given["name"].startswith("run")
+        self.open = given[self.key]
+        self.runs.setdefault(self.open, [])
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.runs[self.open].append(step)
+
+    def finish(self) -> None:
+        self.open = ""
+
+
+@pytest.mark.parametrize(("name", "key"), [("wandb", "id"), ("trackio", "name")])
+def test_a_resumed_run_goes_on_in_its_service_and_another_folder_is_another_run(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, name: str, key: str
+) -> None:
+    service = Service(name, key)
+    monkeypatch.setitem(sys.modules, name, service)
+    tracked, folder = recipe(trackers=[name]), tmp_path / "one" / "run"
+    at_step(monkeypatch, {STEPS // 2: interrupt})
+    with pytest.raises(Interrupted):
+        run(tracked, data, folder)
+    run(tracked, data, folder, resume=True)
+    assert service.open == ""
+    (steps,) = service.runs.values()
+    assert steps == [*(line["step"] for line in RunFolder.open(folder).metrics()), STEPS]
+    run(tracked, data, tmp_path / "other" / "run")
+    assert len(service.runs) == 2
 
 
 # Warnings

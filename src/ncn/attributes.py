@@ -160,7 +160,11 @@ class DocumentSliders:
         known = list(content["attributes"])
         for name in names:
             if name not in known:
-                raise UserError(f"{dataset.folder} has no attribute {name!r}; it has {', '.join(known)}")
+                remedy = "; to measure it, pip install vaderSentiment and prepare the data with --attributes again"
+                raise UserError(
+                    f"{dataset.folder} has no attribute {name!r}; it has {', '.join(known)}"
+                    + (remedy if name == "sentiment" and _sentiment() is None else "")
+                )
         if content["data"] != dataset.fingerprint:
             raise UserError(f"the attributes in {dataset.folder} are of other data: prepare it with --attributes again")
         ranks = load_file(dataset.folder / VALUES)["ranks"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from ncn.cache import Cache
 from ncn.config import NCNConfig
 from ncn.controller import signal_source
+from ncn.linear import layer_matrices
 from ncn.model import ModulatedTransformer
 
 
@@ -34,17 +36,19 @@ class Costs:
         return self.parameters["controller"] / self.total_parameters
 
 
-def costs(config: NCNConfig) -> Costs:
-    """The costs of `config`, from a model without storage. Bytes are for float32 weights and AdamW's two moments."""
+def costs(config: NCNConfig, optimizer: Literal["adamw", "muon"] = "adamw") -> Costs:
+    """The costs of `config`, from a model without storage. Bytes are for float32 weights and, of each, AdamW's two
+    moments, or the one that Muon keeps of the layers' matrices."""
     with torch.device("meta"):
         model = ModulatedTransformer(config)
     parameters = parameter_groups(model)
     total = sum(parameters.values())
+    of_muon = sum(matrix.numel() for matrix in layer_matrices(model).values()) if optimizer == "muon" else 0
     return Costs(
         parameters=parameters,
         flops=_flops(model),
         weight_bytes=4 * total,
-        optimizer_bytes=8 * total,
+        optimizer_bytes=8 * total - 4 * of_muon,
         cache_bytes_per_token=_cache_bytes(model),
     )
 

@@ -24,6 +24,15 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+def layer_matrices(model: nn.Module) -> dict[str, Tensor]:
+    """The matrices of the linear maps inside the layers, by name: those that Muon is for."""
+    return {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if name.startswith("layers.") and isinstance(module, nn.Linear)
+    }
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b over the last axis, as `torch.nn.functional.linear`."""
     rows, columns = weight.shape

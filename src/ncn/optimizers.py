@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ncn.config import TrainConfig
+from ncn.linear import layer_matrices
 from ncn.model import ModulatedTransformer
 
 
@@ -22,11 +23,9 @@ def build_optimizers(model: ModulatedTransformer, config: TrainConfig) -> list[O
     """
     decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    matrices = []
+    matrices = layer_matrices(model) if config.optimizer == "muon" else {}
     for name, parameter in model.named_parameters():
-        if config.optimizer == "muon" and name.startswith("layers.") and id(parameter) in decayed:
-            matrices.append(parameter)
-        else:
+        if name not in matrices:
             # what sliders add goes into the controller, and is learnt at the pace of the embeddings that words have
             key = (id(parameter) in decayed, name.startswith("controller.") and ".external." not in name)
             groups.setdefault(key, []).append(parameter)
@@ -45,7 +44,7 @@ def build_optimizers(model: ModulatedTransformer, config: TrainConfig) -> list[O
     )
     if not matrices:
         return [adamw]
-    muon = torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+    muon = torch.optim.Muon(matrices.values(), lr=config.muon_learning_rate, weight_decay=config.weight_decay)
     for group in muon.param_groups:
         group["peak"] = config.muon_learning_rate
     return [adamw, muon]

@@ -5,6 +5,7 @@ config.json        the whole recipe, resolved
 env.json           versions, device, commit, and the fingerprint of the data
 metrics.jsonl      one line per logged step; the last line of an interrupted write is never half there
 checkpoints/       step-00000500.safetensors, ...: weights and optimiser state, the last two
+tracking.json      what wandb and trackio know the run by, where it logs there
 summary.json       the end result
 documents          documents.safetensors: nats, tokens and UTF-8 bytes of every validation document
 model/             the trained model as a saved folder: config.json, model.safetensors, tokenizer.json

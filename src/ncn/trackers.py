@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ncn.errors import UserError
-from ncn.runs import RunFolder
+from ncn.runs import RunFolder, disk_problem_in_one_line, read_json, write_json
 
 _INSTALL = {"tensorboard": "pip install tensorboard", "trackio": "pip install trackio", "wandb": "pip install wandb"}
 
@@ -27,7 +28,12 @@ class Tracker:
                 self._board = board.SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
             else:
                 service = importlib.import_module(name)
-                service.init(project="ncn", name=run.path.name, config=run.recipe().model_dump(mode="json"))
+                identity = tracking_id(run)
+                # wandb goes on with the run of this id, trackio with that of this name, which must then be unique.
+                who = {"id": identity} if name == "wandb" else {}
+                called = run.path.name if who else f"{run.path.name}-{identity}"
+                recipe = run.recipe().model_dump(mode="json")
+                service.init(project="ncn", name=called, config=recipe, resume="allow", **who)
                 self._services.append(service)
 
     def log(self, line: Mapping[str, Any]) -> None:
@@ -44,6 +50,15 @@ class Tracker:
             self._board.close()
         for service in self._services:
             service.finish()
+
+
+def tracking_id(run: RunFolder) -> str:
+    """What services know the run in this folder by: drawn once, and kept in tracking.json when the folder moves."""
+    path = run.path / "tracking.json"
+    if not path.is_file():
+        with disk_problem_in_one_line(run.path):
+            write_json(path, {"id": secrets.token_hex(8)})
+    return str(read_json(path)["id"])
 
 
 def check_installed(names: Sequence[str]) -> None:

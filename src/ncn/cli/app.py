@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn, get_args, get_origin
 
 import typer
 
@@ -47,16 +47,25 @@ def fail(message: str, status: int) -> NoReturn:
 
 
 def describe_settings() -> str:
-    """Every field of a recipe with its default and meaning, for `ncn train --help`."""
+    """Every field of a recipe with its default, meaning and, where they are few, values, for `ncn train --help`."""
     sections = (("model", NCNConfig), ("model.controller", ControllerConfig), ("train", TrainConfig))
     lines = ["Settings (key=value; the section may be left out where the name is unique):", ""]
     for title, section in sections:
         for name, field in section.model_fields.items():
             if field.description:
                 default = "" if field.is_required() or field.default_factory else f" [{field.default}]"
+                values = _known_values(field.annotation)
                 prefix = title.removeprefix("model.") + "." if title != "train" else "train."
-                lines += [f"{prefix}{name}{default}: {field.description}", ""]
+                lines += [f"{prefix}{name}{default}: {field.description}{values}", ""]
     return "\n".join(lines)
+
+
+def _known_values(annotation: object) -> str:
+    """The words that a setting, or each entry of a list, may be; empty where it may be anything else too."""
+    several = get_origin(annotation) is tuple
+    inner = get_args(annotation)[0] if several else annotation
+    known = get_args(inner) if get_origin(inner) is Literal else ()
+    return f" ({'any' if several else 'one'} of: {', '.join(known)})" if known else ""
 
 
 def model_and_text(words: list[str], what: str) -> tuple[str, str]:

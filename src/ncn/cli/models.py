@@ -20,6 +20,8 @@ from ncn.cli.app import (
 from ncn.config import Recipe, presets
 from ncn.errors import UserError
 
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for the layers' matrices, AdamW for the rest"}
+
 
 @app.command()
 def prepare(
@@ -273,10 +275,12 @@ def info(
 ) -> None:
     """Parameters by part, the controller's share, FLOPs a token, and bytes of weights, optimiser and cache."""
     from ncn.costs import costs
+    from ncn.runs import RunFolder
     from ncn.store import CONTROLLER, find, read_config
 
     if name in presets() or Path(name).suffix in {".yaml", ".yml", ".json"}:
-        config = Recipe.read(name, settings or []).model
+        recipe = Recipe.read(name, settings or [])
+        config, optimizer = recipe.model, recipe.train.optimizer
     else:
         if settings:
             raise UserError(f"{name} is a trained model: settings can only be changed in a preset or a recipe file")
@@ -285,7 +289,10 @@ def info(
             _info_on_a_base(name, folder)
             return
         config = read_config(folder)
-    found = costs(config)
+        # A saved folder does not say how it was trained, and its config.json is no recipe.
+        trained = (Path(name) / "env.json").is_file() and (Path(name) / "config.json").is_file()
+        optimizer = RunFolder.open(name).recipe().train.optimizer if trained else "adamw"
+    found = costs(config, optimizer)
     total_flops = sum(found.flops.values())
     total = found.total_parameters
     print(f"{name}: {total:,} parameters, context {config.context_length}, vocabulary {config.vocab_size:,}\n")
@@ -300,7 +307,7 @@ def info(
     print(f"training      {3 * total_flops / 1e6:,.1f} MFLOPs a token (forward and backward, at a full context)")
     weights = found.weight_bytes
     print(f"weights       {format_size(weights)} in float32, {format_size(weights // 2)} in bfloat16")
-    print(f"optimiser     {format_size(found.optimizer_bytes)} (AdamW)")
+    print(f"optimiser     {format_size(found.optimizer_bytes)} ({_OPTIMIZERS[optimizer]})")
     print(f"cache         {format_size(cache)} a sequence at full context, float32")
 
 

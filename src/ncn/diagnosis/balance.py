@@ -9,6 +9,7 @@ import numpy as np
 
 from ncn.diagnosis.inference import Resampling
 from ncn.diagnosis.record import Floats, Record
+from ncn.signals import effective_rank, evenly_spaced
 
 CLOSED = (0.5, 0.1, 0.01)
 """A feed-forward gate below these is half closed, nearly closed, closed."""
@@ -23,9 +24,8 @@ def homeostasis(record: Record, resampling: Resampling) -> dict[str, Any]:
 
     "used" is the width of the middle 98 % of its values over that of its range. "saturation" is the fraction of values
     within 1 % of the range from a bound, except a bound that lies next to neutral, where a gate is merely open.
-    "layers" are mean and standard deviation over tokens of every layer. "effective_rank" is the exponential of the
-    entropy of the covariance's normalised eigenvalues: how many independent ways of moving there are, of "columns"
-    (layers · heads) that there could be.
+    "layers" are mean and standard deviation over tokens of every layer. "effective_rank" is how many independent ways
+    of moving there are (`ncn.signals.effective_rank`), of "columns" (layers · heads) that there could be.
     """
     result: dict[str, Any] = {"signals": {}}
     for name in record.signals:
@@ -73,8 +73,7 @@ def homeostasis(record: Record, resampling: Resampling) -> dict[str, Any]:
 
 def _effective_rank(columns: Floats, resampling: Resampling) -> dict[str, float | None] | None:
     """Effective rank of the covariance over tokens, its interval over groups of documents; None if nothing moves."""
-    if columns.shape[1] > _COLUMNS:  # evenly spaced ones stand for all
-        columns = columns[:, np.linspace(0, columns.shape[1] - 1, _COLUMNS).astype(int)]
+    columns = columns[:, evenly_spaced(columns.shape[1], _COLUMNS)]
     columns = columns - columns.mean(0, dtype=np.float64)
     if columns.std() < 1e-9:
         return None
@@ -86,10 +85,7 @@ def _effective_rank(columns: Floats, resampling: Resampling) -> dict[str, float 
     def rank(counts: Floats, sums: Floats, products: Floats) -> Floats:
         means = sums / counts[:, None]
         covariance = products / counts[:, None, None] - means[:, :, None] * means[:, None, :]
-        values = np.maximum(np.linalg.eigvalsh(covariance), 0)
-        shares = values / values.sum(1, keepdims=True)
-        entropy = -(shares * np.log(np.maximum(shares, 1e-300))).sum(1)
-        return np.asarray(np.exp(entropy))
+        return effective_rank(np.linalg.eigvalsh(covariance))
 
     drawn = resampling.random.multinomial(len(parts), [1 / len(parts)] * len(parts), size=_SAMPLES)
     picked = np.vstack([np.ones(len(parts)), drawn]).astype(np.float64)
@@ -97,19 +93,19 @@ def _effective_rank(columns: Floats, resampling: Resampling) -> dict[str, float 
 
 
 def over_training(metrics: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Each signal's mean, spread and saturation by tokens seen, from a run's records; None where there are none."""
+    """Each signal's mean, spread, saturation and, where all records have it, effective rank by tokens seen, from a
+    run's records; None where there are none."""
     lines = [line for line in metrics if line.get("signals")]
     if not lines:
         return None
     names = list(lines[-1]["signals"])
+    kinds = ["mean", "spread", "saturation", "effective_rank"]
+    if not all("effective_rank" in line["signals"][name] for line in lines for name in names):
+        kinds.remove("effective_rank")
     return {
         "step": [line["step"] for line in lines],
         "tokens": [line["tokens"] for line in lines],
         "signals": {
-            name: {
-                kind: [float(line["signals"][name][kind]) for line in lines]
-                for kind in ("mean", "spread", "saturation")
-            }
-            for name in names
+            name: {kind: [float(line["signals"][name][kind]) for line in lines] for kind in kinds} for name in names
         },
     }

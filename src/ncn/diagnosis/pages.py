@@ -255,9 +255,10 @@ heads move over tokens: 1 is a single knob for all of them.
 
 
 def _training(results: Mapping[str, Any]) -> str:
-    last = {name: values["spread"][-1] for name, values in results["training"]["signals"].items()}
-    ends = ", ".join(f"{name} {value:.3f}" for name, value in last.items())
     course = results["training"]
+    ends = ", ".join(f"{name} {each['spread'][-1]:.3f}" for name, each in course["signals"].items())
+    ranked = {name: each["effective_rank"][-1] for name, each in course["signals"].items() if "effective_rank" in each}
+    ends += "; effective rank: " * bool(ranked) + ", ".join(f"{name} {rank:.1f}" for name, rank in ranked.items())
     highest = {name: max(values["saturation"]) for name, values in course["signals"].items()}
     name = max(highest, key=lambda each: highest[each])
     when = course["tokens"][course["signals"][name]["saturation"].index(highest[name])]
@@ -267,8 +268,9 @@ def _training(results: Mapping[str, Any]) -> str:
         bound = f"The signal {name} came closest to its bounds: {most}."
     return f"""## Over training
 
-From the run's own log. A collapsed controller shows as a spread that falls to zero, or as a saturation that rises.
-Spread at the end of training: {ends}. {bound}
+From the run's own log. A collapsed controller shows as a spread that falls to zero, an effective rank (the number of
+independent ways in which layers and heads move) that falls to one, or a saturation that rises. Spread at the end of
+training: {ends}. {bound}
 
 ![The signals over training](training.png)"""
 

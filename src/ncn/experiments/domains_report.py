@@ -258,7 +258,7 @@ def _distance_table(results: Mapping[str, Any]) -> str:
                     [f"{label}: {name.replace('_', ' ')}", *(f"{all_:.2f} ({same:.2f})" for all_, same in pairs)]
                 )
     layers = max(len(row) for row in rows) - 1
-    return table(["signal", *(f"layer {layer + 1} (same tokens)" for layer in range(layers))], rows)
+    return table(["signal", *(f"layer {layer} (same tokens)" for layer in range(layers))], rows)
 
 
 def _read_out_table(results: Mapping[str, Any]) -> str:

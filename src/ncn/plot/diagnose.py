@@ -161,22 +161,26 @@ def layer_profiles(results: Mapping[str, Any], path: Path) -> None:
 
 
 def signals_over_training(results: Mapping[str, Any], path: Path) -> None:
-    """Mean, spread over tokens and saturation of every signal against tokens seen."""
+    """Mean, spread over tokens, saturation and, where it was logged, effective rank of every signal against tokens."""
     course = results["training"]
-    figure = _figure(5.6)
     kinds = {
         "mean": "Mean over tokens, layers and heads",
         "spread": "Spread: standard deviation over tokens",
         "saturation": "Share of values at a bound, in the layer with most",
     }
+    if all("effective_rank" in values for values in course["signals"].values()):
+        kinds["effective_rank"] = "Effective rank: independent ways in which layers and heads move"
+    figure = _figure(0.2 + 1.8 * len(kinds))
     for row, (kind, title) in enumerate(kinds.items()):
-        axes = _axes(figure, 3, 1, row + 1, title)
+        axes = _axes(figure, len(kinds), 1, row + 1, title)
         for name, values in course["signals"].items():
             axes.plot(course["tokens"], values[kind], color=_colour(results, name), linewidth=1.4, label=name)
         token_axis(axes, [(tokens, 0.0) for tokens in course["tokens"]], log=False)
-        if row < 2:
+        if row < len(kinds) - 1:
             axes.set_xlabel("")
             axes.tick_params(labelbottom=False)
+        if kind == "effective_rank":
+            axes.set_ylim(bottom=0)
         if kind == "saturation":
             most = max(max(values[kind]) for values in course["signals"].values())
             axes.set_ylim(-0.01 * max(most, 0.02), max(1.1 * most, 0.02))

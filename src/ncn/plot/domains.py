@@ -70,7 +70,7 @@ def draw_signals(
             axes.spines[["top", "right"]].set_visible(False)
             axes.grid(axis="y", color=RULE, linewidth=0.5, alpha=0.5)
             axes.tick_params(labelsize=8)
-            axes.set_xticks(range(layers), [str(layer + 1) for layer in range(layers)])
+            axes.set_xticks(range(layers), [str(layer) for layer in range(layers)])
             if not column:
                 axes.set_ylabel(name.replace("_", " "), fontsize=9)
             if not row:

@@ -82,7 +82,7 @@ def draw_curves(curves: Sequence[Curve], path: Path) -> None:
     axes.plot([], [], color="white", marker="o", markeredgecolor=FAINT, label="95 % of the improvement")
     axes.plot([], [], color="white", marker="s", markeredgecolor=FAINT, label="99 % of the improvement")
     axes.set_title("Loss by tokens seen, smoothed", loc="left", weight="bold", size=11)
-    legend(axes)
+    legend(axes, below=True)  # curves of many shapes leave no corner free
     write(figure, path)
 
 

@@ -96,6 +96,13 @@ def last(losses: Sequence[float]) -> float:
     return float(np.mean(losses[-1 - 2 * window(len(losses)) :]))
 
 
-def legend(axes: Axes) -> None:
-    for text in axes.legend(frameon=False, fontsize=8.5).get_texts():
+def legend(axes: Axes, below: bool = False) -> None:
+    """What the lines are: where matplotlib finds most room inside the axes, or below them, where it covers nothing."""
+    assert isinstance(axes.figure, Figure)
+    drawn = (
+        axes.figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8.5)
+        if below
+        else axes.legend(frameon=False, fontsize=8.5)
+    )
+    for text in drawn.get_texts():
         text.set_parse_math(False)
