@@ -414,7 +414,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(
     prepare([str(text_file)], tmp_path / "out", tokenizer="gpt2", progress=True)
     lines = capsys.readouterr().err.splitlines()
     assert lines
-    assert all(line.startswith("prepare: ") and line.endswith("M/s") and "\x1b" not in line for line in lines)
+    assert all(line.startswith("prepare: ") and line.endswith(" tokens/s") and "\x1b" not in line for line in lines)
     assert "s left" in lines[-1]
 
 

@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--eval-tokens", default="4_000", help="of the held-out text to evaluate on")
     parser.add_argument("--compare", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("settings", nargs="*")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     out, run = options.out, options.out / "run"
     if options.compare:
         print(json.dumps(compare(options.base, run / "model", out / "held-out")))

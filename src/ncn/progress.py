@@ -76,7 +76,7 @@ class ProgressReport(_Shown):
         if self.first_tokens is None:
             self.first_tokens = tokens
         rate = (tokens - self.first_tokens) / max(now - self.begun, 1e-9)
-        facts = f"{tokens / 1e6:.1f} M tokens, {rate / 1e6:.2f} M/s"
+        facts = f"{tokens / 1e6:.1f} M tokens, {rate:,.0f} tokens/s"
         self.show(done_bytes, facts, f"{self.title}: {self._share(done_bytes, now - self.begun)}{facts}", now)
 
     def _share(self, done_bytes: int, seconds: float) -> str:
