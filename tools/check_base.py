@@ -3,7 +3,8 @@
 Usage: python tools/check_base.py BASE --text train.txt --held-out held-out.txt --out DIR [--tokens 24_000] [settings]
 
 Every verb is called as a user would; settings are those of `ncn train`. What should be equal bit for bit is compared,
-the loading in a process of its own. DIR gets check.json, the brain scan, the data and the run.
+the loading in a process of its own. DIR gets check.json, the
+brain scan, the data and the run, which is not trained again if it is there.
 """
 
 import argparse
@@ -101,7 +102,7 @@ def main() -> None:
         "prepare held-out": ["prepare", options.held_out, "--tokenizer", options.base, "--out", out / "held-out"],
         "train": ["train", "--base", options.base, "--data", out / "data", "--out", run, "--resume",
                   f"tokens={options.tokens}", *options.settings],
-        "evaluate": ["evaluate", run, "--data", out / "held-out", "--max-tokens", options.eval_tokens,
+        "evaluate": ["evaluate", run, "--data", out / "held-out", "--context", 256, "--max-tokens", options.eval_tokens,
                      "--json", out / "evaluation.json"],
         "generate": ["generate", run, PROMPT, "--max-tokens", 60, "--seed", 1],
         "scan": ["scan", run, SCANNED, "--out", out / "scan.png"],
@@ -110,13 +111,18 @@ def main() -> None:
         print(said[name], flush=True)
     again = [sys.executable, __file__, *sys.argv[1:], "--compare"]
     fresh = [json.loads(subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True).stdout) for _ in range(2)]
+    measured = json.loads((out / "evaluation.json").read_text("utf-8"))
     found = {
         "base": Path(options.base).name,
         **fresh[0],
         "equal in two fresh processes": fresh[0] == fresh[1],
         "controller_bytes": (run / "model" / "controller.safetensors").stat().st_size,
         "seconds": seconds,
-        "evaluation": json.loads((out / "evaluation.json").read_text("utf-8")),
+        "held-out bits per byte": {
+            "base": measured["frozen"]["all"]["neutral"]["bits_per_byte"],
+            "with the controller": measured["evaluation"]["bits_per_byte"],
+            "tokens": measured["evaluation"]["tokens"],
+        },
         "generate": said["generate"],
         "environment": describe_environment(torch.device("cpu")),
     }
