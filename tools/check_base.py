@@ -3,8 +3,8 @@
 Usage: python tools/check_base.py BASE --text train.txt --held-out held-out.txt --out DIR [--tokens 24_000] [settings]
 
 Every verb is called as a user would; settings are those of `ncn train`. What should be equal bit for bit is compared,
-the loading in a process of its own. DIR gets check.json, the
-brain scan, the data and the run, which is not trained again if it is there.
+the loading in a process of its own. DIR gets check.json, the brain scan, the data and the run, which is not trained
+again if it is there.
 """
 
 import argparse
