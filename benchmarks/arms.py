@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from benchmarks.measure import DEVICE
 from ncn import ModulatedTransformer, NCNConfig
-from ncn.config import TrainConfig
+from ncn.config import Recipe
+from ncn.signals import homeostatic_loss
 
 CLIP = 1.0
 
@@ -56,7 +57,7 @@ def batch(preset: str, sequences: int) -> tuple[Tensor, Tensor]:
 def training_step(
     arm: str, preset: str, data: tuple[Tensor, Tensor], precision: str, compiled: bool = False
 ) -> Callable[[], None]:
-    """One optimiser step: forward, backward, clipping, fused AdamW."""
+    """One optimiser step: forward, the recipe's pull of the signals to neutral, backward, clipping, fused AdamW."""
     inputs, targets = data
     model: nn.Module
     if arm == "gpt2":
@@ -69,12 +70,15 @@ def training_step(
 
     else:
         model = our_model(preset, arm)
-        chunk = TrainConfig().loss_chunk
+        recipe = Recipe.preset(preset).train
         summed = torch.compile(model.loss) if compiled else model.loss
 
         def loss() -> Tensor:
-            total: Tensor = summed(inputs, targets, chunk=chunk)[0]
-            return total / targets.numel()
+            total, signals = summed(inputs, targets, chunk=recipe.loss_chunk)
+            mean: Tensor = total / targets.numel()
+            if signals and recipe.homeostatic_weight:
+                mean = mean + recipe.homeostatic_weight * homeostatic_loss(signals)
+            return mean
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 

@@ -85,16 +85,19 @@ def read_text(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def open_dataset(data: str, tokenizer: Tokenizer, scratch: Path) -> TokenDataset:
-    """A prepared folder as it is; anything else is prepared on the fly with the model's tokenizer."""
+def open_dataset(data: str, tokenizer: Tokenizer, into: Path, *, progress: bool = False) -> TokenDataset:
+    """A prepared folder as it is; anything else is prepared in the folder `into`, with the model's tokenizer."""
+    import tempfile
+
     from ncn.data import TokenDataset
-    from ncn.prepare import prepare as run
+    from ncn.prepare import prepare
 
     if Path(data).is_dir():
         return TokenDataset.open(data)
-    tokenizer.save(scratch)
-    run([data], scratch / "data", tokenizer=str(scratch))
-    return TokenDataset.open(scratch / "data")
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save(Path(scratch))
+        prepare([data], into, tokenizer=scratch, progress=progress)
+    return TokenDataset.open(into)
 
 
 def format_size(count: int) -> str:

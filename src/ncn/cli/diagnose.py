@@ -35,7 +35,7 @@ def diagnose(
     reader = reader_of(loaded)  # a model without signals is refused before its text is prepared
     metrics = RunFolder(model).metrics()
     with tempfile.TemporaryDirectory() as scratch:
-        dataset = open_dataset(data, tokenizer, Path(scratch))
+        dataset = open_dataset(data, tokenizer, Path(scratch) / "data")
         check_vocabulary(loaded, dataset)
         found = run(
             reader,

@@ -220,7 +220,7 @@ def evaluate(
 
     loaded, tokenizer = load(model)
     with tempfile.TemporaryDirectory() as scratch:
-        dataset = open_dataset(data, tokenizer, Path(scratch))
+        dataset = open_dataset(data, tokenizer, Path(scratch) / "data")
         options: dict[str, Any] = {"context": context, "max_tokens": max_tokens}
         whole = run(loaded, dataset, **options)
         frozen = causal_value(loaded, dataset, **options) if loaded.config.controller else {}

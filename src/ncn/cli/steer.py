@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ncn.cli.app import app
+from ncn.cli.app import app, open_dataset
 
 if TYPE_CHECKING:
     from ncn.data import TokenDataset
@@ -90,17 +90,9 @@ def steer(
 
 def _measured_data(data: str, tokenizer: Tokenizer, out: Path) -> TokenDataset:
     """A dataset folder as it is; anything else is prepared and measured in `out`, once."""
-    import tempfile
-
     from ncn.attributes import TABLE, write_attributes
-    from ncn.data import TokenDataset
-    from ncn.prepare import prepare
 
-    if Path(data).is_dir():
-        return TokenDataset.open(data)
-    with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save(Path(scratch))
-        prepare([data], out / "data", tokenizer=scratch, progress=True)
-    if not (out / "data" / TABLE).is_file():
+    dataset = open_dataset(data, tokenizer, out / "data", progress=True)
+    if not Path(data).is_dir() and not (out / "data" / TABLE).is_file():
         write_attributes(out / "data", progress=True)
-    return TokenDataset.open(out / "data")
+    return dataset

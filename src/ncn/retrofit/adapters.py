@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ncn.config import ControllerConfig
-from ncn.controller import signal_source
+from ncn.costs import controller_parameters
 from ncn.errors import UserError
 from ncn.retrofit.attach import attach
 from ncn.retrofit.families import core_config
@@ -138,13 +138,11 @@ def _nearest(config: Any, method: Method, target: int, controller: ControllerCon
 
 def _count(config: Any, method: Method, size: int, controller: ControllerConfig) -> int:
     """Parameters that would be trained; nothing is allocated."""
+    if method == "ncn":
+        text = config.get_text_config()
+        wanted = controller.model_copy(update={"hidden": size})
+        return controller_parameters(core_config(text, wanted, text.num_hidden_layers))
     with torch.device("meta"):
-        if method == "ncn":
-            wanted = controller.model_copy(update={"hidden": size})
-            text = config.get_text_config()
-            source = signal_source(core_config(text, wanted, text.num_hidden_layers))
-            assert source is not None
-            return sum(parameter.numel() for parameter in source.parameters())
         base = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         model = _with_peft(base, method, size)
         return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

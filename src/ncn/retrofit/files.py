@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import safetensors
@@ -16,7 +17,7 @@ from ncn.config import ControllerConfig, NCNConfig
 from ncn.errors import UserError
 from ncn.files import write_atomically
 from ncn.retrofit.attach import AttachedController, attach
-from ncn.retrofit.families import LONGEST_MEMORY, Family
+from ncn.retrofit.families import LONGEST_MEMORY, Family, core_config
 from ncn.runs import read_json
 from ncn.store import CONTROLLER, write_tensors
 
@@ -62,16 +63,9 @@ def read_controller(folder: Path) -> tuple[NCNConfig, str]:
     content = read_json(folder / CONTROLLER)
     try:
         base = content["base"]
-        shape = NCNConfig(
-            vocab_size=base["vocab_size"],
-            d_model=base["hidden_size"],
-            num_layers=base["num_hidden_layers"],
-            num_heads=base["num_attention_heads"],
-            context_length=LONGEST_MEMORY,
-            cross_documents=True,
-            positions="learned",
-            controller=ControllerConfig(**content["controller"]),
-        )
+        # how far the base reads is not written down
+        config = SimpleNamespace(**{name: base[name] for name in _WORDS}, max_position_embeddings=LONGEST_MEMORY)
+        shape = core_config(config, ControllerConfig(**content["controller"]), base["num_hidden_layers"])
     except (KeyError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{folder / CONTROLLER} describes no controller on a base: {reason}") from None
