@@ -1,5 +1,6 @@
 """The check of a controller on a base, from its first step to its last, on a tiny base."""
 
+import contextlib
 import json
 import runpy
 import subprocess
@@ -17,7 +18,7 @@ STORIES = [f"The cat sat {n} times on the mat. Then a dog ran to it and they pla
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_tiny_base_passes_and_one_that_keeps_its_controller_does_not(
+def test_a_tiny_base_passes_and_one_that_cannot_be_disabled_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ncn.retrofit.attach import AttachedController
@@ -45,7 +46,8 @@ def test_a_tiny_base_passes_and_one_that_keeps_its_controller_does_not(
     assert found["controller_bytes"] == (tmp_path / "out" / "run" / "model" / "controller.safetensors").stat().st_size
     assert (tmp_path / "out" / "scan.png").read_bytes().startswith(b"\x89PNG")
 
-    monkeypatch.setattr(AttachedController, "detach", lambda self: None)
+    monkeypatch.setattr(AttachedController, "disable", lambda self: contextlib.nullcontext())
     out = tmp_path / "out"
-    left = runpy.run_path(str(TOOL))["compare"](str(folder), out / "run" / "model", out / "held-out")
-    assert not all(left["equal to the base, bit for bit"].values())
+    found = runpy.run_path(str(TOOL))["compare"](str(folder), out / "run" / "model", out / "held-out")
+    unequal = [name for name, same in found["equal to the base, bit for bit"].items() if not same]
+    assert unequal == ["the trained one disabled"]
