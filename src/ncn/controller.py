@@ -26,7 +26,7 @@ from ncn.cache import Cache
 from ncn.config import NCNConfig
 from ncn.control_inputs import ExternalInputs
 from ncn.linear import Linear
-from ncn.norm import RMSNorm, rms_rate
+from ncn.norm import RMSNorm, normed_linear
 from ncn.salience import SalienceState, pool
 from ncn.signals import SignalLayout
 from ncn.types import ControlInputs, Hidden, Segments
@@ -149,10 +149,10 @@ class ControllerNetwork(nn.Module):
         self, hidden: Hidden, segments: Segments | None, cache: Cache | None, control: ControlInputs | None
     ) -> Raw:
         stored = hidden.dtype
-        exact = torch.float64 if stored == torch.float64 else torch.float32
-        # RMSNorm before the read-out, applied after it, where there is less to scale: W(e / rms e) = W(e) / rms e
-        read = self.read(hidden).to(exact) * rms_rate(hidden, self.eps)
-        scores, values, phasic = read.split([self.pools, self.width, self.width if self.has_phasic else 0], dim=-1)
+        read = normed_linear(hidden, self.read.weight, self.eps)
+        scores, values, phasic = torch.split(
+            read, [self.pools, self.width, self.width if self.has_phasic else 0], dim=-1
+        )
         held = None if cache is None else cache.last(self.name, max(self.kernel - 1, 1))
         state = pool(
             scores / math.sqrt(hidden.shape[-1]),  # a of equation (1)
@@ -165,7 +165,7 @@ class ControllerNetwork(nn.Module):
         if self.phasic_filter is not None:
             context = context + self._phasic(phasic, held, segments, cache)
         if self.external is not None and control is not None and (given := self.external(control)) is not None:
-            context = context + given.to(exact)
+            context = context + given.to(context.dtype)
         if cache is not None:
             cache.write(self.name, torch.cat([state.log_weight, state.mean.flatten(2), phasic], -1))
         # equation (2)

@@ -1,21 +1,21 @@
 """Causal salience pooling (equation 1): a learned, decaying average of the prefix, one for each pooling head.
 
 The state of a head after a token is the pair (log-denominator L, mean c). It says the same as (running max,
-denominator, weighted sum) and is shorter, because the mean is what is wanted and L is stable by itself. Two facts make
-the whole module one page:
+denominator, weighted sum) and is shorter, because the mean is what is wanted and L is stable by itself. A token of
+score a and value v changes it by
 
-- *merging* two stretches of text is a weighted mean of their means, with weights exp L;
-- a stretch therefore behaves like *one token* whose score is its L and whose value is its mean.
+    L' = log(exp(L − ρ) + exp a)        c' = f c + (1 − f) v        f = exp(L − ρ − L'), the share that is kept
 
-So a long sequence is cut into chunks, every chunk is pooled on its own, the chunks are pooled as if they were tokens,
-and each position merges its own chunk's prefix with what came before. One token is the shortest sequence: decoding
-runs the same function as training.
+and a document that begins forgets all before it: ρ is infinite there, and f is 0. Both are recurrences of the form
+y' = x + f y, the first one in logarithms; the backward pass is two more, from the end to the beginning. `_scan` runs
+them all, at many places of a text at once. One token is the shortest sequence: decoding runs what training runs.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK = 16
-"""Tokens pooled by one small matrix. Work grows with it, the number of merges falls: 16 measured best on CPU."""
+"""Steps that a scan makes one after the other, in all chunks of a text at once: 16 measured best on CPU."""
 
 
 class SalienceState(NamedTuple):
@@ -47,91 +47,117 @@ def pool(
     own segment only, so each document starts with a fresh state. `past` is the state just before the first position
     (one position long) and continues it.
     """
-    batch, tokens, pools = scores.shape
-    if tokens == 1:
-        local = SalienceState(scores, values, segments)
-        return local if past is None else _merge(past, local, decay)
+    single = scores.shape[1] == 1
+    if past is None:
+        if single:
+            return SalienceState(scores, values, segments)
+        nothing = torch.full_like(scores[:, :1], -math.inf)
+        past = SalienceState(nothing, torch.zeros_like(values[:, :1]), None if segments is None else segments[:, :1])
+    fading = decay.expand_as(scores)
+    if segments is not None:
+        assert past.segment is not None
+        goes_on = segments == (past.segment if single else _delayed(segments, past.segment))
+        fading = torch.where(goes_on[..., None], fading, math.inf)
+    if single:  # the recurrences as they are, in few operations
+        old = past.log_weight - fading
+        mean = torch.lerp(values, past.mean, torch.sigmoid(old - scores)[..., None])
+        return SalienceState(torch.logaddexp(old, scores), mean, segments)
+    arguments = scores, values, fading, past.log_weight, past.mean
+    if torch.is_grad_enabled():
+        log_weight, mean = _Pool.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        log_weight, mean, _, _ = _pool(*arguments)
+    return SalienceState(log_weight, mean, segments)
 
+
+def _pool(
+    scores: Tensor, values: Tensor, fading: Tensor, past_weight: Tensor, past_mean: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """L and c, and the shares of either that are kept and new, which add up to 1."""
+    log_weight = _scan(_in_logarithms, -fading, scores, past_weight)
+    old = _delayed(log_weight, past_weight) - fading
+    kept, new = torch.sigmoid(old - scores)[..., None], torch.sigmoid(scores - old)[..., None]
+    return log_weight, _scan(_plainly, kept, new * values, past_mean), kept, new
+
+
+class _Pool(torch.autograd.Function):
+    """Differentiated as written, a scan would go over its steps one by one, and keep them all."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+        log_weight, mean, kept, new = _pool(*arguments)
+        ctx.save_for_backward(arguments[1], mean, kept, new)
+        return log_weight, mean
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        weight_grad, mean_grad = grad_outputs
+        values, mean, kept, new = ctx.saved_tensors
+        # what comes after a state hands back to it the share that it kept
+        mean_grad = _scan_back(kept, mean_grad)
+        products = mean_grad * (values - mean)
+        turned = new * torch.mv(products.flatten(0, -2), products.new_ones(products.shape[-1])).view(new.shape)
+        weight_grad = _scan_back(kept, weight_grad[..., None] - _advanced(turned))
+        score_grad, old_grad = new * weight_grad + turned, kept * weight_grad - turned
+        return (
+            score_grad.squeeze(-1),
+            new * mean_grad,
+            -old_grad.squeeze(-1),
+            old_grad[:, :1].squeeze(-1),
+            kept[:, :1] * mean_grad[:, :1],
+        )
+
+
+_Step = Callable[[Tensor, Tensor, Tensor], None]
+"""Adds to the first tensor, in place, what the third one carries over with the factor of the second."""
+
+
+def _plainly(states: Tensor, carried: Tensor, before: Tensor) -> None:
+    states.addcmul_(carried, before)
+
+
+def _in_logarithms(states: Tensor, carried: Tensor, before: Tensor) -> None:
+    torch.logaddexp(states, carried + before, out=states)
+
+
+def _scan(step: _Step, carried: Tensor, added: Tensor, first: Tensor) -> Tensor:
+    """y of y[t] = added[t] + carried[t] · y[t−1] along axis 1, y[−1] being `first`; in logarithms, of its logarithm.
+
+    A chunk's steps are made from nothing, one after the other and in all chunks at once; then the last states of the
+    chunks are scanned in the same way, and what each chunk began with is added to all its states.
+    """
+    tokens = added.shape[1]
     size = min(CHUNK, tokens)
     chunks = -(-tokens // size)
-    padding = chunks * size - tokens
-    if padding:  # the padded tail lies after every real token: nothing real ever sees it
-        scores, values = F.pad(scores, (0, 0, 0, padding)), F.pad(values, (0, 0, 0, 0, 0, padding))
-        segments = None if segments is None else F.pad(segments, (0, padding))
-    scores = scores.reshape(batch * chunks, size, pools)
-    values = values.reshape(batch * chunks, size, pools, -1)
-    chunk_segments = None if segments is None else segments.reshape(batch * chunks, size)
-    inside = _pool_chunk(scores, values, decay, chunk_segments)
 
-    def whole(x: Tensor) -> Tensor:
-        return x.reshape(batch, chunks * size, *x.shape[2:])[:, :tokens]
+    def cut(x: Tensor) -> Tensor:  # a copy, (size, batch, chunks, ...); what pads the end lies after all that is real
+        if padding := chunks * size - tokens:
+            x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding))
+        return torch.unflatten(x, 1, (chunks, size)).movedim(2, 0).clone(memory_format=torch.contiguous_format)
 
-    if chunks == 1:
-        before = past
-    else:
-        last = SalienceState(
-            inside.log_weight[:, -1].reshape(batch, chunks, pools),
-            inside.mean[:, -1].reshape(batch, chunks, pools, -1),
-            None if chunk_segments is None else chunk_segments[:, -1].reshape(batch, chunks),
-        )
-        carried = pool(last.log_weight, last.mean, decay * size, last.segment, past)
-        before = _shift(carried, past)
-    if before is None:
-        return SalienceState(
-            whole(inside.log_weight), whole(inside.mean), None if segments is None else segments[:, :tokens]
-        )
-    steps = torch.arange(1, size + 1, device=scores.device, dtype=scores.dtype)
-    before = SalienceState(
-        before.log_weight.reshape(-1, 1, pools),
-        before.mean.reshape(-1, 1, *before.mean.shape[2:]),
-        None if before.segment is None else before.segment.reshape(-1, 1),
-    )
-    merged = _merge(before, inside, steps[None, :, None] * decay)
-    return SalienceState(
-        whole(merged.log_weight), whole(merged.mean), None if merged.segment is None else whole(merged.segment)
-    )
+    states, products = cut(added), cut(carried)
+    rows, factors = states.unbind(0), products.unbind(0)
+    for index in range(1, size):
+        step(rows[index], factors[index], rows[index - 1])
+        if step is _plainly:
+            factors[index].mul_(factors[index - 1])
+        else:
+            factors[index].add_(factors[index - 1])
+    before = first if chunks == 1 else _delayed(_scan(step, factors[-1], rows[-1], first), first)
+    step(states, products, before)
+    return states.movedim(0, 2).flatten(1, 2)[:, :tokens]
 
 
-def _pool_chunk(scores: Tensor, values: Tensor, decay: Tensor, segments: Tensor | None) -> SalienceState:
-    """Pool short sequences directly: the weights of all pairs (t, s) as one matrix per head."""
-    size = scores.shape[1]
-    age = torch.arange(size, device=scores.device)[:, None] - torch.arange(size, device=scores.device)
-    hidden = age < 0
-    # (batch, pools, t, s); an infinite age is an age that weighs nothing
-    penalty = (decay[:, None, None] * age).masked_fill(hidden, math.inf)
-    log_weights = scores.transpose(1, 2)[:, :, None, :] - penalty
-    if segments is not None:
-        log_weights = log_weights.masked_fill((segments[:, :, None] != segments[:, None, :])[:, None], -math.inf)
-    log_shares = torch.log_softmax(log_weights, dim=-1)
-    mean = log_shares.exp() @ values.transpose(1, 2)
-    # a position's own share is exp(a_t − L_t), so the denominators need no second reduction
-    own = log_shares.diagonal(dim1=-2, dim2=-1).transpose(1, 2)
-    return SalienceState(scores - own, mean.transpose(1, 2), segments)
+def _scan_back(kept: Tensor, grad: Tensor) -> Tensor:
+    """y of y[t] = grad[t] + kept[t+1] · y[t+1]."""
+    return _scan(_plainly, _advanced(kept).flip(1), grad.flip(1), torch.zeros_like(grad[:, :1])).flip(1)
 
 
-def _merge(before: SalienceState, inside: SalienceState, fading: Tensor) -> SalienceState:
-    """Join what came before (the same for all positions) with each position's own part; `fading` is ρ times the age."""
-    old = before.log_weight - fading
-    if inside.segment is not None and before.segment is not None:
-        old = old.masked_fill((inside.segment != before.segment)[..., None], -math.inf)
-    # sigmoid(L_old - L_new) is the old part's share of the joint weight
-    share = torch.sigmoid(old - inside.log_weight)[..., None]
-    return SalienceState(
-        torch.logaddexp(old, inside.log_weight),
-        torch.lerp(inside.mean, before.mean.expand_as(inside.mean), share),
-        inside.segment,
-    )
+def _delayed(x: Tensor, first: Tensor) -> Tensor:
+    """At each position what stands one before it, and `first` at the first."""
+    return torch.cat([first, x[:, :-1]], 1)
 
 
-def _shift(carried: SalienceState, past: SalienceState | None) -> SalienceState:
-    """The state before each chunk: the one after the chunk before it; `past`, or nothing at all, before the first."""
-    weight, mean, segment = carried
-    first_weight = torch.full_like(weight[:, :1], -math.inf) if past is None else past.log_weight
-    first_mean = torch.zeros_like(mean[:, :1]) if past is None else past.mean
-    if segment is not None:
-        assert past is None or past.segment is not None
-        first = torch.zeros_like(segment[:, :1]) if past is None or past.segment is None else past.segment
-        segment = torch.cat([first, segment[:, :-1]], 1)
-    return SalienceState(
-        torch.cat([first_weight, weight[:, :-1]], 1), torch.cat([first_mean, mean[:, :-1]], 1), segment
-    )
+def _advanced(x: Tensor) -> Tensor:
+    """At each position what stands one after it, and 0 at the last."""
+    return torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1)
