@@ -222,7 +222,8 @@ class TrainConfig(_Config):
         0.2,
         ge=0,
         le=1,
-        description="share of windows trained without inputs from outside, and of inputs left out of the others",
+        description="share of windows trained without inputs from outside, and of inputs left out of the others: "
+        "a low one makes them obeyed, a high one keeps the loss low without them",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="arithmetic of the matrix products; auto: bfloat16 where the processor is fast at it"
