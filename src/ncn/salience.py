@@ -74,10 +74,10 @@ def _pool(
     scores: Tensor, values: Tensor, fading: Tensor, past_weight: Tensor, past_mean: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """L and c, and the shares of either that are kept and new, which add up to 1."""
-    log_weight = _scan(_in_logarithms, -fading, scores, past_weight)
+    log_weight = _scan(_LOGARITHMIC, -fading, scores, past_weight)
     old = _delayed(log_weight, past_weight) - fading
     kept, new = torch.sigmoid(old - scores)[..., None], torch.sigmoid(scores - old)[..., None]
-    return log_weight, _scan(_plainly, kept, new * values, past_mean), kept, new
+    return log_weight, _scan(_PLAIN, kept, new * values, past_mean), kept, new
 
 
 class _Pool(torch.autograd.Function):
@@ -108,19 +108,22 @@ class _Pool(torch.autograd.Function):
         )
 
 
-_Step = Callable[[Tensor, Tensor, Tensor], None]
-"""Adds to the first tensor, in place, what the third one carries over with the factor of the second."""
+class _Arithmetic(NamedTuple):
+    """How a scan calculates."""
+
+    step: Callable[[Tensor, Tensor, Tensor], object]
+    """Adds to the first tensor, in place, what the third one carries over with the factor of the second."""
+    multiply: Callable[[Tensor, Tensor], object]
+    """Multiplies the first factor, in place, by the second."""
 
 
-def _plainly(states: Tensor, carried: Tensor, before: Tensor) -> None:
-    states.addcmul_(carried, before)
+_PLAIN = _Arithmetic(lambda states, factor, before: states.addcmul_(factor, before), Tensor.mul_)
+_LOGARITHMIC = _Arithmetic(
+    lambda states, factor, before: torch.logaddexp(states, factor + before, out=states), Tensor.add_
+)
 
 
-def _in_logarithms(states: Tensor, carried: Tensor, before: Tensor) -> None:
-    torch.logaddexp(states, carried + before, out=states)
-
-
-def _scan(step: _Step, carried: Tensor, added: Tensor, first: Tensor) -> Tensor:
+def _scan(arithmetic: _Arithmetic, carried: Tensor, added: Tensor, first: Tensor) -> Tensor:
     """y of y[t] = added[t] + carried[t] · y[t−1] along axis 1, y[−1] being `first`; in logarithms, of its logarithm.
 
     A chunk's steps are made from nothing, one after the other and in all chunks at once; then the last states of the
@@ -138,19 +141,16 @@ def _scan(step: _Step, carried: Tensor, added: Tensor, first: Tensor) -> Tensor:
     states, products = cut(added), cut(carried)
     rows, factors = states.unbind(0), products.unbind(0)
     for index in range(1, size):
-        step(rows[index], factors[index], rows[index - 1])
-        if step is _plainly:
-            factors[index].mul_(factors[index - 1])
-        else:
-            factors[index].add_(factors[index - 1])
-    before = first if chunks == 1 else _delayed(_scan(step, factors[-1], rows[-1], first), first)
-    step(states, products, before)
+        arithmetic.step(rows[index], factors[index], rows[index - 1])
+        arithmetic.multiply(factors[index], factors[index - 1])
+    before = first if chunks == 1 else _delayed(_scan(arithmetic, factors[-1], rows[-1], first), first)
+    arithmetic.step(states, products, before)
     return states.movedim(0, 2).flatten(1, 2)[:, :tokens]
 
 
 def _scan_back(kept: Tensor, grad: Tensor) -> Tensor:
     """y of y[t] = grad[t] + kept[t+1] · y[t+1]."""
-    return _scan(_plainly, _advanced(kept).flip(1), grad.flip(1), torch.zeros_like(grad[:, :1])).flip(1)
+    return _scan(_PLAIN, _advanced(kept).flip(1), grad.flip(1), torch.zeros_like(grad[:, :1])).flip(1)
 
 
 def _delayed(x: Tensor, first: Tensor) -> Tensor:
