@@ -268,7 +268,7 @@ def test_every_token_has_the_instruction_of_its_document(data: Path) -> None:
     dataset = ncn.TokenDataset.open(data)
     inputs = DocumentInputs(dataset, controller(sliders=["rating"]))
     decode = dataset.tokenizer().decode
-    batch, given = dataset.batch(3, 5, 4, 64), inputs.batch(3, 5, 4, 64, dropout=0.0)
+    batch, given = dataset.batch(3, 5, 4, 64), inputs.batch(3, 5, 4, 64, 0.0, 0.0)
     assert isinstance(given.instruction, Instructions)
     ids, which = given.instruction
     starts = dataset.batch_starts(3, 5, 4, 64)
@@ -290,8 +290,8 @@ def test_instructions_are_left_out_at_random_together_with_all_inputs(data: Path
     both = DocumentInputs(ncn.TokenDataset.open(data), controller(sliders=["good"]))
     missing, without_any = [], []
     for step in range(150):
-        given, full = (both.batch(1, step, 16, 32, dropout=share) for share in (0.2, 0.0))
-        again = both.batch(1, step, 16, 32, dropout=0.2)
+        given, full = (both.batch(1, step, 16, 32, *shares) for shares in ((0.1, 0.3), (0.0, 0.0)))
+        again = both.batch(1, step, 16, 32, 0.1, 0.3)
         assert isinstance(given.instruction, Instructions)
         assert isinstance(full.instruction, Instructions)
         assert isinstance(again.instruction, Instructions)
@@ -304,8 +304,8 @@ def test_instructions_are_left_out_at_random_together_with_all_inputs(data: Path
         unset = given.sliders.isnan().all(1)[:, 0][has]
         missing += unsaid.tolist()
         without_any += (unsaid & unset).tolist()
-    assert np.mean(missing) == pytest.approx(0.2 + 0.8 * 0.2, abs=0.03)
-    assert np.mean(without_any) == pytest.approx(0.2 + 0.8 * 0.04, abs=0.03)
+    assert np.mean(missing) == pytest.approx(0.1 + 0.9 * 0.3, abs=0.03)
+    assert np.mean(without_any) == pytest.approx(0.1 + 0.9 * 0.09, abs=0.03)
 
 
 def small(*settings: str) -> ncn.Recipe:
@@ -354,7 +354,9 @@ def test_training_with_them_continues_bit_for_bit(data: Path, tmp_path: Path) ->
 def test_micro_batches_pool_their_own_instructions(data: Path, tmp_path: Path) -> None:
     grads = []
     for parts in (1, 2, 3):
-        recipe = small(f"accumulation={parts}", "clip=1e9", "input_dropout=0", "precision=float32")
+        recipe = small(
+            f"accumulation={parts}", "clip=1e9", "input_dropout=0", "single_input_dropout=0", "precision=float32"
+        )
         training = begin(recipe, data, tmp_path / str(parts), valid=None, resume=False)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():  # the controller's gradients are zero at its neutral start

@@ -302,11 +302,11 @@ def test_every_token_has_the_sliders_of_its_document(data: Path) -> None:
     dataset = ncn.TokenDataset.open(data / "data")
     given = DocumentInputs(dataset, ControllerConfig(sliders=("dialogue", "length")))
 
-    def sliders(step: int, rows: int, dropout: float) -> np.ndarray:
-        return given.batch(3, step, rows, 64, dropout).sliders.numpy()
+    def sliders(step: int, rows: int, whole: float, single: float) -> np.ndarray:
+        return given.batch(3, step, rows, 64, whole, single).sliders.numpy()
 
     batch = dataset.batch(3, 5, 4, 64)
-    found = sliders(5, 4, 0.0)
+    found = sliders(5, 4, 0.0, 0.0)
     assert found.shape == (4, 64, 2)
     decode, table = dataset.tokenizer().decode, read_table(data / "data")
     bounds = [*given.starts.tolist(), dataset.tokens]
@@ -324,10 +324,10 @@ def test_every_token_has_the_sliders_of_its_document(data: Path) -> None:
             assert found[row, a:b] == pytest.approx(np.tile(expected, (b - a, 1)), abs=1e-6)
             checked += 1
     assert checked > 2
-    assert np.array_equal(found, sliders(5, 4, 0.0))
-    dropped = np.stack([np.isnan(sliders(step, 16, 0.2))[:, 0] for step in range(100)])
-    assert dropped.mean() == pytest.approx(0.2 + 0.8 * 0.2, abs=0.03)
-    assert dropped.all(-1).mean() == pytest.approx(0.2 + 0.8 * 0.04, abs=0.03)
+    assert np.array_equal(found, sliders(5, 4, 0.0, 0.0))
+    dropped = np.stack([np.isnan(sliders(step, 16, 0.3, 0.1))[:, 0] for step in range(100)])
+    assert dropped.mean() == pytest.approx(0.3 + 0.7 * 0.1, abs=0.03)
+    assert dropped.all(-1).mean() == pytest.approx(0.3 + 0.7 * 0.01, abs=0.03)
 
 
 def test_other_text_is_ranked_among_the_documents_of_the_first(data: Path, tmp_path: Path) -> None:

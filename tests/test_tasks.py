@@ -61,16 +61,16 @@ def test_a_batch_gives_every_token_its_document_s_task(texts: Path) -> None:
     given = DocumentInputs(data, ControllerConfig(tasks=("calm", "loud")))
     decode = data.tokenizer().decode
     for step in range(3):
-        batch, tasks = data.batch(7, step, 8, 32), given.batch(7, step, 8, 32, dropout=0.0).tasks
+        batch, tasks = data.batch(7, step, 8, 32), given.batch(7, step, 8, 32, 0.0, 0.0).tasks
         assert tasks is not None
-        assert torch.equal(tasks, given.batch(7, step, 8, 32, dropout=0.0).tasks)
+        assert torch.equal(tasks, given.batch(7, step, 8, 32, 0.0, 0.0).tasks)
         for ids, row in zip(batch.inputs, tasks, strict=True):
             border = (ids == data.separator_id).nonzero().flatten().tolist()
             for start, end in itertools.pairwise(border):
                 assert row[start:end].tolist() == [int("!" in decode(ids[start:end].tolist()))] * (end - start)
-    dropped = np.stack([(given.batch(7, step, 16, 32, 0.25).tasks == -1).numpy() for step in range(100)])
+    dropped = np.stack([(given.batch(7, step, 16, 32, 0.25, 0.1).tasks == -1).numpy() for step in range(100)])
     assert (dropped.all(-1) == dropped.any(-1)).all()  # a window at a time
-    assert dropped[..., 0].mean() == pytest.approx(0.25 + 0.75 * 0.25, abs=0.04)
+    assert dropped[..., 0].mean() == pytest.approx(0.25 + 0.75 * 0.1, abs=0.04)
 
 
 def test_a_held_out_split_keeps_the_tasks(texts: Path, tmp_path: Path) -> None:

@@ -222,8 +222,11 @@ class TrainConfig(_Config):
         0.2,
         ge=0,
         le=1,
-        description="share of windows trained without inputs from outside, and of inputs left out of the others: "
-        "a low one makes them obeyed, a high one keeps the loss low without them",
+        description="share of windows trained without inputs from outside: a low one makes them obeyed, a high one keeps "
+        "the loss low without them",
+    )
+    single_input_dropout: float = Field(
+        0.03, ge=0, le=1, description="share of inputs left out of the other windows, one by one"
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="arithmetic of the matrix products; auto: bfloat16 where the processor is fast at it"

@@ -39,19 +39,21 @@ class DocumentInputs:
             instruction=None if self.instructions is None else self.instructions.of(documents),
         )
 
-    def batch(self, seed: int, step: int, batch_size: int, context: int, dropout: float) -> ControlInputs:
+    def batch(
+        self, seed: int, step: int, batch_size: int, context: int, dropout: float, single_dropout: float
+    ) -> ControlInputs:
         """For the inputs of `TokenDataset.batch` with these arguments, of which it is a pure function, as the batch is.
 
-        With probability `dropout` a window has nothing set, and else with the same probability each slider, the task
-        and the instruction are left out of it.
+        With probability `dropout` a window has nothing set, and else with probability `single_dropout` each slider, the
+        task and the instruction are left out of it.
         """
         starts = self.dataset.batch_starts(seed, step, batch_size, context)
         given = self.at(starts[:, None] + np.arange(context))
         sliders = 0 if self.sliders is None else self.sliders.shape[1]
         drawn = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, step, 1])))
         whole = drawn.random((batch_size, 1, 1)) < dropout
-        single = drawn.random((batch_size, 1, sliders + (self.tasks is not None))) < dropout
-        unsaid = drawn.random((batch_size, 1)) < dropout
+        single = drawn.random((batch_size, 1, sliders + (self.tasks is not None))) < single_dropout
+        unsaid = drawn.random((batch_size, 1)) < single_dropout
         dropped = torch.from_numpy(whole | single)
         instruction = given.instruction
         if isinstance(instruction, Instructions):

@@ -120,7 +120,14 @@ class Training:
         config = self.config
         if self.given is None:
             return [None] * (-(-config.batch_size // size))
-        given = self.given.batch(config.seed, self.step, config.batch_size, self.context, config.input_dropout)
+        given = self.given.batch(
+            config.seed,
+            self.step,
+            config.batch_size,
+            self.context,
+            config.input_dropout,
+            config.single_input_dropout,
+        )
         return [*given.to(self.device).split(size)]
 
     def not_a_number(self, what: str) -> Diverged:
