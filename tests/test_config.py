@@ -87,6 +87,7 @@ def test_an_unknown_key_names_the_nearest(fields: dict[str, Any], nearest: str) 
         ({"controller": {"taps": [1]}}, ["start at 0", "[1]"]),
         ({"controller": {"taps": [0, 0]}}, ["increase", "[0, 0]"]),
         ({"controller": {"taps": []}}, ["start at 0", "[]"]),
+        ({"controller": {"taps": [0, 1], "pooling": "first", "phasic": False}}, ["would read nothing", "taps=[0]"]),
         ({"controller": {"width": 10, "pooling_heads": 4}}, ["width (10)", "pooling_heads (4)"]),
         ({"controller": {"signals": []}}, ["at least one"]),
         ({"controller": {"signals": ["gain", "gain"]}}, ["once"]),

@@ -40,8 +40,13 @@ def test_no_controller() -> None:
 
 def test_signals_of_a_tap_do_not_see_the_layers_below_it_unless_it_is_deeper() -> None:
     input_ids = text(12)
-    for taps, moved in (([0], []), ([0, 2], [2]), ("every", [2])):
-        model = awake(config({"taps": taps}))
+    for taps, pooling, moved in (
+        ([0], "every", []),
+        ([0, 2], "every", [2]),
+        ("every", "every", [2]),
+        ("every", "first", [2]),
+    ):
+        model = awake(config({"taps": taps, "pooling": pooling}))
         before = signals(model, input_ids)["gain"]
         with torch.no_grad():
             model.layers[1].ffn.down.weight.add_(1)
@@ -129,6 +134,20 @@ def test_the_cache_holds_a_small_state_for_every_slot() -> None:
         network = model.controller.networks[str(tap)]
         # log-denominators, pooled means, and the input of the short convolution
         assert cache.last(f"tap{tap}", 99).shape == (2, 20, network.pools + 2 * network.width)
+
+
+def test_taps_that_do_not_pool_share_the_first_one_s_context_and_hold_their_local_state_alone() -> None:
+    model, cache = awake(config({"taps": [0, 2], "pooling": "first"})), Cache()
+    first, last = (model.controller.networks[tap] for tap in "02")
+    assert (first.read.out_features, last.read.out_features) == (2 + 8 + 8, 8)
+    model(text(20), cache=cache)
+    assert cache.last("tap2", 99).shape == (2, 20, last.width)
+    before = signals(model, text(20))["gain"]
+    with torch.no_grad():
+        first.log_decay.add_(1)
+    changed = (signals(model, text(20))["gain"] != before).any(0)
+    assert changed[0].tolist() == [False] * 3  # one token is its own mean, however fast a memory fades
+    assert changed[1:].all(0).tolist() == [True] * 3
 
 
 def test_documents_reset_the_signals() -> None:

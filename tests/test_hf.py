@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "learned positions, swiglu": {"positions": "learned", "activation": "swiglu"},
     "grouped heads, qk norm, untied": {"num_kv_heads": 2, "qk_norm": True, "tie_embeddings": False},
     "two taps": {"controller": {"taps": [0, 2]}},
+    "two taps, one pools": {"controller": {"taps": [0, 2], "pooling": "first"}},
     "per layer, published maps": {"controller": {"precision_per": "layer", "maps": "published"}},
     "gain per sublayer, no phasic": {"controller": {"gain_per": "sublayer", "phasic": False}},
     "across documents": {"cross_documents": True},

@@ -241,9 +241,9 @@ def test_the_control_arms_can_be_attached_too(kind: str) -> None:
     assert all((signal.flatten(0, 1).std(0) > 1e-6).all() == varies for signal in handle.signals.values())
 
 
-@pytest.mark.parametrize("taps", [(0,), (0, 2), "every"])
-def test_taps(taps: Any) -> None:
-    model, handle = attached("qwen3", controller={"taps": taps})
+@pytest.mark.parametrize(("taps", "pooling"), [((0,), "every"), ((0, 2), "first"), ("every", "every")])
+def test_taps(taps: Any, pooling: str) -> None:
+    model, handle = attached("qwen3", controller={"taps": taps, "pooling": pooling})
     logits(model, ids())
     assert all(signal.shape[2] == 3 for signal in handle.signals.values())
 

@@ -49,7 +49,7 @@ def edit_config(folder: Path, **changes: object) -> None:
         {},
         {"controller": None, "tie_embeddings": False},
         {"positions": "learned", "activation": "swiglu", "qk_norm": True, "num_kv_heads": 1},
-        {"controller": {"taps": [0, 1], "precision_per": "layer", "gain_per": "sublayer"}},
+        {"controller": {"taps": [0, 1], "pooling": "first", "precision_per": "layer", "gain_per": "sublayer"}},
         {"controller": {"kind": "local"}},
         {"controller": {"kind": "static", "maps": "published"}, "cross_documents": False},
     ],

@@ -69,6 +69,11 @@ class ControllerConfig(_Config):
     pooling_heads: int = Field(
         4, ge=1, description="heads of the causal salience pooling, each with its own time scale"
     )
+    pooling: Literal["every", "first"] = Field(
+        "every",
+        description="taps that pool the text so far (equation 1): every one, or the first, whose context the others "
+        "share, each adding its own local state to it",
+    )
     phasic_kernel: int = Field(4, ge=1, description="tokens seen by the phasic short convolution")
     phasic: bool = Field(
         True, description="whether the controller sees the local state at all, beside the pooled context"
@@ -100,6 +105,11 @@ class ControllerConfig(_Config):
         if self.width % self.pooling_heads:
             raise ValueError(
                 f"controller.width ({self.width}) must be a multiple of pooling_heads ({self.pooling_heads})"
+            )
+        if self.pooling == "first" and not self.phasic and self.taps != (0,):
+            raise ValueError(
+                "with controller.pooling=first and phasic=false a tap but the first would read nothing; "
+                "change one of them, or set controller.taps=[0]"
             )
         if self.taps == "every":
             return self
@@ -222,8 +232,8 @@ class TrainConfig(_Config):
         0.2,
         ge=0,
         le=1,
-        description="share of windows trained without inputs from outside: a low one makes them obeyed, a high one keeps "
-        "the loss low without them",
+        description="share of windows trained without inputs from outside: a low one makes them obeyed, a high one "
+        "keeps the loss low without them",
     )
     single_input_dropout: float = Field(
         0.03, ge=0, le=1, description="share of inputs left out of the other windows, one by one"

@@ -32,6 +32,8 @@ from ncn.signals import SignalLayout
 from ncn.types import ControlInputs, Hidden, Segments
 
 Raw = Float[Tensor, "batch tokens layers outputs"]
+Context = Float[Tensor, "batch tokens pooled"]
+"""c of equation (1): the text so far, pooled."""
 
 
 class SignalSource(nn.Module, ABC):
@@ -47,9 +49,11 @@ class SignalSource(nn.Module, ABC):
         segments: Segments | None,
         cache: Cache | None,
         control: ControlInputs | None = None,
-    ) -> Raw:
-        """Raw signals for the layers that `tap` serves, from the hidden state that enters layer `tap`, and from
-        what is given from outside, which only a `Controller` reads."""
+        context: Context | None = None,
+    ) -> tuple[Raw, Context | None]:
+        """Raw signals for the layers that `tap` serves, from the hidden state that enters layer `tap`, from what is
+        given from outside, and from the `context` that the tap before handed on; and what this one hands on. Only a
+        `Controller` reads and hands on either."""
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -67,9 +71,10 @@ class Controller(SignalSource):
         assert config.controller is not None
         self.taps = config.controller.taps_in(config.num_layers)
         ends = (*self.taps[1:], config.num_layers)
+        every = config.controller.pooling == "every"
         self.networks = nn.ModuleDict(
             {
-                str(tap): ControllerNetwork(config, served=end - tap, name=f"tap{tap}")
+                str(tap): ControllerNetwork(config, served=end - tap, name=f"tap{tap}", pools=every or tap == 0)
                 for tap, end in zip(self.taps, ends, strict=True)
             }
         )
@@ -81,9 +86,10 @@ class Controller(SignalSource):
         segments: Segments | None,
         cache: Cache | None,
         control: ControlInputs | None = None,
-    ) -> Raw:
-        raw: Tensor = self.networks[str(tap)](hidden, segments, cache, control)
-        return raw
+        context: Context | None = None,
+    ) -> tuple[Raw, Context | None]:
+        found: tuple[Raw, Context] = self.networks[str(tap)](hidden, segments, cache, control, context)
+        return found
 
     def reset_parameters(self) -> None:
         for network in self.networks.values():
@@ -92,22 +98,21 @@ class Controller(SignalSource):
 
 
 class ControllerNetwork(nn.Module):
-    """Equations (1) and (2) at one tap, for the `served` layers from there on."""
+    """Equations (1) and (2) at one tap, for the `served` layers from there on; equation (1) if it `pools`."""
 
-    def __init__(self, config: NCNConfig, served: int, name: str) -> None:
+    def __init__(self, config: NCNConfig, served: int, name: str, pools: bool = True) -> None:
         super().__init__()
         controller = config.controller
         assert controller is not None
         self.name, self.served = name, served
         self.layout = SignalLayout.of(config)
-        self.pools, self.width, self.kernel = controller.pooling_heads, controller.width, controller.phasic_kernel
-        self.context_length = config.context_length
-        self.has_phasic = controller.phasic
-        self.eps = config.norm_eps
+        self.pools, self.width = controller.pooling_heads if pools else 0, controller.width
+        self.kernel, self.context_length, self.eps = controller.phasic_kernel, config.context_length, config.norm_eps
+        self.columns = [self.pools, self.width if pools else 0, self.width if controller.phasic else 0]
         # One matrix reads salience scores (the k of equation 1), values and the phasic input together.
-        self.read = Linear(config.d_model, self.pools + self.width * (2 if self.has_phasic else 1), bias=False)
-        self.log_decay = nn.Parameter(torch.empty(self.pools))
-        self.phasic_filter = nn.Parameter(torch.empty(self.kernel, self.width)) if self.has_phasic else None
+        self.read = Linear(config.d_model, sum(self.columns), bias=False)
+        self.log_decay = nn.Parameter(torch.empty(self.pools)) if pools else None
+        self.phasic_filter = nn.Parameter(torch.empty(self.kernel, self.width)) if controller.phasic else None
         outputs = served * sum(self.layout.sizes)
         outside = controller.sliders_read or controller.tasks or controller.instructions
         self.external = ExternalInputs(config, outputs) if outside else None
@@ -120,10 +125,11 @@ class ControllerNetwork(nn.Module):
         nn.init.normal_(self.read.weight, std=self.read.in_features**-0.5)
         # Salience starts nearly flat, and the heads' memories span the context, in equal ratios down to four tokens.
         nn.init.normal_(self.read.weight[: self.pools], std=0.02)
-        with torch.no_grad():
+        if self.log_decay is not None:
             shares = torch.linspace(0, 1, self.pools) if self.pools > 1 else torch.zeros(1)
             longest, shortest = math.log(max(self.context_length, 4)), math.log(4)
-            self.log_decay.copy_(-(longest + (shortest - longest) * shares))
+            with torch.no_grad():
+                self.log_decay.copy_(-(longest + (shortest - longest) * shares))
         if self.phasic_filter is not None:
             nn.init.normal_(self.phasic_filter, std=0.5 * self.kernel**-0.5)
             nn.init.ones_(self.phasic_filter[0])
@@ -136,51 +142,62 @@ class ControllerNetwork(nn.Module):
             self.output.bias.copy_(self.layout.initial_bias().repeat(self.served))
 
     def forward(
-        self, hidden: Hidden, segments: Segments | None, cache: Cache | None, control: ControlInputs | None = None
-    ) -> Raw:
+        self,
+        hidden: Hidden,
+        segments: Segments | None,
+        cache: Cache | None,
+        control: ControlInputs | None = None,
+        context: Context | None = None,
+    ) -> tuple[Raw, Context]:
+        """See `SignalSource`. A network that does not pool takes the `context` of one that did."""
         device = "cpu" if hidden.is_meta else hidden.device.type
+        arguments = hidden.to(self.read.weight.dtype), segments, cache, control, context
         if not torch.is_autocast_enabled(device):
-            return self._forward(hidden.to(self.read.weight.dtype), segments, cache, control)
+            return self._forward(*arguments)
         # Exponentials and long sums do not survive bfloat16, and the controller is too small to gain from it.
         with torch.autocast(device, enabled=False):
-            return self._forward(hidden.to(self.read.weight.dtype), segments, cache, control)
+            return self._forward(*arguments)
 
     def _forward(
-        self, hidden: Hidden, segments: Segments | None, cache: Cache | None, control: ControlInputs | None
-    ) -> Raw:
-        stored = hidden.dtype
+        self,
+        hidden: Hidden,
+        segments: Segments | None,
+        cache: Cache | None,
+        control: ControlInputs | None,
+        context: Context | None,
+    ) -> tuple[Raw, Context]:
         read = normed_linear(hidden, self.read.weight, self.eps)
-        scores, values, phasic = torch.split(
-            read, [self.pools, self.width, self.width if self.has_phasic else 0], dim=-1
-        )
+        scores, values, phasic = torch.split(read, self.columns, dim=-1)
         held = None if cache is None else cache.last(self.name, max(self.kernel - 1, 1))
-        state = pool(
-            scores / math.sqrt(hidden.shape[-1]),  # a of equation (1)
-            values.reshape(*values.shape[:-1], self.pools, -1),
-            self.log_decay.to(read.dtype).exp(),
-            segments,
-            self._past(held, cache),
-        )
-        context = state.mean.flatten(2)  # c of equation (1)
-        if self.phasic_filter is not None:
-            context = context + self._phasic(phasic, held, segments, cache)
-        if self.external is not None and control is not None and (given := self.external(control)) is not None:
-            context = context + given.to(context.dtype)
+        state = None
+        if self.log_decay is not None:
+            state = pool(
+                scores / math.sqrt(hidden.shape[-1]),  # a of equation (1)
+                values.reshape(*values.shape[:-1], self.pools, -1),
+                self.log_decay.to(read.dtype).exp(),
+                segments,
+                self._past(held, cache),
+            )
+            context = state.mean.flatten(2)
+        assert context is not None
         if cache is not None:
-            cache.write(self.name, torch.cat([state.log_weight, state.mean.flatten(2), phasic], -1))
-        # equation (2)
-        raw: Tensor = self.output(torch.tanh(self.expand(self.input_norm(context.to(stored)))))
+            cache.write(self.name, phasic if state is None else torch.cat([state.log_weight, context, phasic], -1))
+        total = context  # c + φ + κ of equation (2)
+        if self.phasic_filter is not None:
+            total = total + self._phasic(phasic, held, segments, cache)
+        if self.external is not None and control is not None and (given := self.external(control)) is not None:
+            total = total + given.to(total.dtype)
+        raw: Tensor = self.output(torch.tanh(self.expand(self.input_norm(total.to(hidden.dtype)))))
         if self.external is not None and control is not None:
             straight = self.external.straight_to_signals(control)
             raw = raw if straight is None else raw + straight
-        return torch.unflatten(raw, -1, (self.served, -1))
+        return torch.unflatten(raw, -1, (self.served, -1)), context
 
     def _past(self, held: Tensor | None, cache: Cache | None) -> SalienceState | None:
         """The salience state after the last token held."""
         if held is None or cache is None:
             return None
-        sizes = [self.pools, self.width, held.shape[-1] - self.pools - self.width]
-        log_weight, mean, _ = torch.split(held[:, -1:], sizes, dim=-1)
+        log_weight, mean, _ = torch.split(held[:, -1:], self.columns, dim=-1)
         return SalienceState(log_weight, torch.unflatten(mean, -1, (self.pools, -1)), cache.last("segments", 1))
 
     def _phasic(self, inputs: Tensor, held: Tensor | None, segments: Tensor | None, cache: Cache | None) -> Tensor:
@@ -227,14 +244,15 @@ class LocalGates(SignalSource):
         segments: Segments | None,
         cache: Cache | None,
         control: ControlInputs | None = None,
-    ) -> Raw:
+        context: Context | None = None,
+    ) -> tuple[Raw, None]:
         readout = self.readouts[tap]
         assert isinstance(readout, nn.Linear)
         # in float32, like the controller that it is compared with
         with torch.autocast("cpu" if hidden.is_meta else hidden.device.type, enabled=False):
             normed = F.rms_norm(hidden, hidden.shape[-1:], eps=self.eps)
             raw: Tensor = readout(normed.to(readout.weight.dtype))
-        return raw.unsqueeze(2)
+        return raw.unsqueeze(2), None
 
     def reset_parameters(self) -> None:
         for readout in self.readouts:
@@ -260,8 +278,9 @@ class StaticGates(SignalSource):
         segments: Segments | None,
         cache: Cache | None,
         control: ControlInputs | None = None,
-    ) -> Raw:
-        return self.raw.expand(*hidden.shape[:2], -1, -1)
+        context: Context | None = None,
+    ) -> tuple[Raw, None]:
+        return self.raw.expand(*hidden.shape[:2], -1, -1), None
 
     def reset_parameters(self) -> None:
         with torch.no_grad():

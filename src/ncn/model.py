@@ -215,12 +215,14 @@ class ModulatedTransformer(nn.Module):
 
         collected: dict[str, list[Tensor]] = {}
         served: list[Factors] = []
+        context = None
         for index, layer in enumerate(self.layers):
             if self.controller is not None and index in self.controller.taps:
                 assert self.layout is not None
                 # the controller of tap 0 reads the embeddings themselves, without positions
                 tapped = embeddings if index == 0 else x
-                signals = self.layout.split(self.controller(index, tapped, segments, cache, control))
+                raw, context = self.controller(index, tapped, segments, cache, control, context)
+                signals = self.layout.split(raw)
                 if frozen:
                     signals = {name: freeze(name, signal, frozen, index) for name, signal in signals.items()}
                 for name, signal in signals.items():

@@ -97,7 +97,7 @@ def _document(
     sent = []
     for layer in range(config.num_layers):
         tapped = embeddings if layer == 0 else x  # (3): tap 0 reads the embeddings
-        raw += _raw_signals(config, weights, layer, tapped, given)
+        raw += _raw_signals(config, weights, layer, tapped, embeddings, given)
         signals = [_split(config, raw[layer][t]) if raw else {} for t in range(len(ids))]
         x = _layer(config, weights, layer, x, signals)
         sent.append(signals)
@@ -183,7 +183,7 @@ def _feed_forward(config: NCNConfig, own: Weights, x: Tensor) -> Tensor:
 
 
 def _raw_signals(
-    config: NCNConfig, weights: Weights, layer: int, hidden: Vectors, given: list[ControlInputs]
+    config: NCNConfig, weights: Weights, layer: int, hidden: Vectors, embeddings: Vectors, given: list[ControlInputs]
 ) -> list[Vectors]:
     """z of every layer that is served from here on, for each token; empty where the layer is no tap (3)."""
     controller = config.controller
@@ -198,14 +198,22 @@ def _raw_signals(
     if layer not in taps:
         return []
     served = min([tap for tap in taps if tap > layer], default=config.num_layers) - layer
-    prefix = f"controller.networks.{layer}."
-    own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
-    by_token = [_controller(config, own, hidden, t, given[t]).chunk(served) for t in range(len(hidden))]
+    own = _network(weights, layer)
+    pooling = (own, hidden) if controller.pooling == "every" else (_network(weights, 0), embeddings)
+    by_token = []
+    for t in range(len(hidden)):
+        pooled = _pooled(config, *pooling, t)
+        by_token.append(_controller(config, own, hidden, t, pooled, given[t]).chunk(served))
     return [[groups[i] for groups in by_token] for i in range(served)]
 
 
-def _controller(config: NCNConfig, own: Weights, hidden: Vectors, t: int, given: ControlInputs) -> Tensor:
-    """Equations (1) and (2) at token t."""
+def _network(weights: Weights, tap: int) -> Weights:
+    prefix = f"controller.networks.{tap}."
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
+def _pooled(config: NCNConfig, own: Weights, hidden: Vectors, t: int) -> Tensor:
+    """Equation (1) at token t."""
     controller = config.controller
     assert controller is not None
     pools, width = controller.pooling_heads, controller.width
@@ -220,10 +228,21 @@ def _controller(config: NCNConfig, own: Weights, hidden: Vectors, t: int, given:
             logarithms.append(a - decay * (t - s))  # (1): w = exp(a − ρ (t − s))
         shares = _softmax(logarithms)
         pooled.append(_sum([share * read[s][values] for s, share in enumerate(shares)]))  # (1): c = Σ w v / Σ w
-    u = torch.cat(pooled)
+    return torch.cat(pooled)
+
+
+def _controller(
+    config: NCNConfig, own: Weights, hidden: Vectors, t: int, pooled: Tensor, given: ControlInputs
+) -> Tensor:
+    """Equation (2) at token t."""
+    controller = config.controller
+    assert controller is not None
+    u = pooled
     if controller.phasic:
+        local = own["read.weight"][-controller.width :]  # the last rows of what is read
         for age in range(min(controller.phasic_kernel, t + 1)):
-            u = u + own["phasic_filter"][age] * read[t - age][pools + width :]  # φ: the last few tokens
+            read = local @ _rms_norm(hidden[t - age], config)
+            u = u + own["phasic_filter"][age] * read  # φ: the last few tokens
     if given.sliders is not None and controller.sliders_enter == "controller":  # κ
         u = u + own["external.sliders.weight"] @ _known_values(given.sliders)
     if given.tasks is not None and given.tasks >= 0:

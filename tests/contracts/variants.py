@@ -42,7 +42,11 @@ variants: dict[str, NCNConfig] = {
     "published maps, all signals": config({"maps": "published", "gain_per": "sublayer"}),
     "deeper taps": config({"taps": [0, 2]}),
     "a tap at every layer": config({"taps": [0, 1, 2], "signals": ["head_gate", "precision"]}),
-    "as mini: every tap, gain per sublayer": config({"taps": "every", "gain_per": "sublayer"}, cross_documents=False),
+    "every tap, gain per sublayer": config({"taps": "every", "gain_per": "sublayer"}, cross_documents=False),
+    "as mini: pooling at the first of all taps": config(
+        {"taps": "every", "gain_per": "sublayer", "pooling": "first"}, cross_documents=False
+    ),
+    "pooling at the first of two taps": config({"taps": [0, 2], "pooling": "first"}, positions="learned"),
     "precision per layer, gain per sublayer": config({"precision_per": "layer", "gain_per": "sublayer"}),
     "one signal": config({"signals": ["ffn_gate"]}),
     "norm film": config({"signals": ["norm_film", "gain"], "film_groups": 4, "taps": [0, 1]}),

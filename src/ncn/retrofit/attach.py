@@ -48,6 +48,8 @@ class Carrier:
     cache: Cache | None
     inputs: ControlInputs | None = None
     segments: Tensor | None = None
+    context: Tensor | None = None
+    """What the taps so far have pooled of the text."""
     tokens: int = 0
     factors: dict[int, Factors] = field(default_factory=dict)
     signals: dict[int, dict[str, Tensor]] = field(default_factory=dict)
@@ -323,7 +325,10 @@ class AttachedController:
         carrier.segments = find_segments(self.core_config, hidden, None, mask, carrier.cache)
 
     def _control(self, carrier: Carrier, tap: int, hidden: Tensor) -> None:
-        signals = self.layout.split(self.controller(tap, hidden, carrier.segments, carrier.cache, carrier.inputs))
+        raw, carrier.context = self.controller(
+            tap, hidden, carrier.segments, carrier.cache, carrier.inputs, carrier.context
+        )
+        signals = self.layout.split(raw)
         if self._frozen:
             signals = {name: freeze(name, signal, self._frozen, tap) for name, signal in signals.items()}
         carrier.signals[tap] = signals
