@@ -27,6 +27,7 @@ from ncn.config import NCNConfig
 from ncn.control_inputs import ExternalInputs
 from ncn.linear import Linear
 from ncn.norm import RMSNorm, normed_linear
+from ncn.phasic import convolve
 from ncn.salience import SalienceState, pool
 from ncn.signals import SignalLayout
 from ncn.types import ControlInputs, Hidden, Segments
@@ -184,7 +185,9 @@ class ControllerNetwork(nn.Module):
             cache.write(self.name, phasic if state is None else torch.cat([state.log_weight, context, phasic], -1))
         total = context  # c + φ + κ of equation (2)
         if self.phasic_filter is not None:
-            total = total + self._phasic(phasic, held, segments, cache)
+            past = None if held is None else held[..., -self.width :]
+            past_segments = None if cache is None else cache.last("segments", max(self.kernel - 1, 1))
+            total = total + convolve(phasic, self.phasic_filter, segments, past, past_segments)
         if self.external is not None and control is not None and (given := self.external(control)) is not None:
             total = total + given.to(total.dtype)
         raw: Tensor = self.output(torch.tanh(self.expand(self.input_norm(total.to(hidden.dtype)))))
@@ -199,30 +202,6 @@ class ControllerNetwork(nn.Module):
             return None
         log_weight, mean, _ = torch.split(held[:, -1:], self.columns, dim=-1)
         return SalienceState(log_weight, torch.unflatten(mean, -1, (self.pools, -1)), cache.last("segments", 1))
-
-    def _phasic(self, inputs: Tensor, held: Tensor | None, segments: Tensor | None, cache: Cache | None) -> Tensor:
-        """φ: a causal convolution over the last few tokens of the same segment, one filter per channel."""
-        assert self.phasic_filter is not None
-        before, tokens = self.kernel - 1, inputs.shape[1]
-        padded = inputs if held is None else torch.cat([held[..., -self.width :], inputs], 1)
-        if missing := before + tokens - padded.shape[1]:
-            padded = F.pad(padded, (0, 0, missing, 0))
-        if segments is not None:
-            old = cache.last("segments", before) if cache is not None else None
-            known = segments if old is None else torch.cat([old, segments], 1)
-            padded_segments = F.pad(known, (before + tokens - known.shape[1], 0), value=-1)
-        if tokens == 1:  # in decoding, one product for all ages
-            window = padded if segments is None else padded * (padded_segments == segments)[..., None]
-            return (window * self.phasic_filter.flip(0)).sum(1, keepdim=True)
-        newest, *older = self.phasic_filter.unbind(0)
-        result = newest * inputs
-        for age, weights in enumerate(older, 1):
-            shifted = padded[:, before - age : before - age + tokens]
-            if segments is not None:
-                same = padded_segments[:, before - age : before - age + tokens] == segments
-                shifted = shifted * same[..., None]
-            result = torch.addcmul(result, weights, shifted)
-        return result
 
 
 class LocalGates(SignalSource):

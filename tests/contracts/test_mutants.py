@@ -16,6 +16,7 @@ from ncn.config import NCNConfig
 from ncn.controller import ControllerNetwork
 from ncn.model import Attention, ModulatedTransformer
 from ncn.modulation import UNMODULATED
+from ncn.phasic import convolve
 from ncn.salience import SalienceState, pool
 from ncn.signals import SIGNALS
 
@@ -41,12 +42,10 @@ def pool_one_token_ahead(patch: Patch) -> None:
 
 
 def phasic_one_token_ahead(patch: Patch) -> None:
-    original = ControllerNetwork._phasic
+    def ahead(inputs, filters, segments=None, past=None, past_segments=None):
+        return convolve(inputs, filters, segments, past, past_segments) + F.pad(inputs, (0, 0, 0, 1))[:, 1:]
 
-    def ahead(self, inputs, held, segments, cache):
-        return original(self, inputs, held, segments, cache) + F.pad(inputs, (0, 0, 0, 1))[:, 1:]
-
-    patch.setattr(ControllerNetwork, "_phasic", ahead)
+    patch.setattr(ncn.controller, "convolve", ahead)
 
 
 def attention_without_a_mask(patch: Patch) -> None:
@@ -63,12 +62,7 @@ def salience_without_past(patch: Patch) -> None:
 
 
 def phasic_without_past(patch: Patch) -> None:
-    original = ControllerNetwork._phasic
-    patch.setattr(
-        ControllerNetwork,
-        "_phasic",
-        lambda self, inputs, held, segments, cache: original(self, inputs, None, None, None),
-    )
+    patch.setattr(ncn.controller, "convolve", lambda inputs, filters, *past: convolve(inputs, filters))
 
 
 def continued_positions_from_zero(patch: Patch) -> None:
@@ -101,12 +95,10 @@ def segments_ignored_by_the_pool(patch: Patch) -> None:
 
 
 def segments_ignored_by_the_phasic_filter(patch: Patch) -> None:
-    original = ControllerNetwork._phasic
-    patch.setattr(
-        ControllerNetwork,
-        "_phasic",
-        lambda self, inputs, held, segments, cache: original(self, inputs, held, None, cache),
-    )
+    def blind(inputs, filters, segments=None, past=None, past_segments=None):
+        return convolve(inputs, filters, None, past)
+
+    patch.setattr(ncn.controller, "convolve", blind)
 
 
 def attention_hook(change: Callable[[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]) -> Mutant:
