@@ -20,8 +20,11 @@ def convolve(
     past: Float[Tensor, "batch before channels"] | None = None,
     past_segments: Int[Tensor, "batch before"] | None = None,
 ) -> Float[Tensor, "batch tokens channels"]:
-    """φ at every position. `past` are the inputs just before the first one, as many as there are or more than the
-    filters reach, with their segments where `segments` are given."""
+    """φ at every position.
+
+    `past` are the last inputs before the first one: all that there are, or at least as many as the filters reach back.
+    Where `segments` are given, nothing reaches beyond its own, and those of `past` are needed as well.
+    """
     tokens, ages = inputs.shape[1], filters.shape[0]
     known = inputs if past is None else torch.cat([past, inputs], 1)
     known_segments = segments if segments is None or past_segments is None else torch.cat([past_segments, segments], 1)
