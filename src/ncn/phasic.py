@@ -27,14 +27,15 @@ def convolve(
     """
     tokens, ages = inputs.shape[1], filters.shape[0]
     known = inputs if past is None else torch.cat([past, inputs], 1)
-    known_segments = segments if segments is None or past_segments is None else torch.cat([past_segments, segments], 1)
+    if segments is not None:
+        known_segments = segments if past_segments is None else torch.cat([past_segments, segments], 1)
     if tokens == 1:  # in decoding, one product for all ages
         window = known[:, -ages:]
-        if segments is not None and known_segments is not None:
+        if segments is not None:
             window = window * torch.eq(known_segments[:, -ages:], segments).unsqueeze(-1)
         return (window * filters[: window.shape[1]].flip(0)).sum(1, keepdim=True)
     masks = []
-    if segments is not None and known_segments is not None:
+    if segments is not None:
         for _, now, old in _reaches(known.shape[1], tokens, ages):
             masks.append(torch.eq(known_segments[:, old], segments[:, now]).unsqueeze(-1).to(inputs.dtype))
     if not torch.is_grad_enabled():
