@@ -128,6 +128,18 @@ def test_evaluate(ncn: Command, tmp_path: Path, finished: Path, valid: Path) -> 
     assert f"{figures['frozen']['gain']['mean']['loss']:.4f}" in result.printed
 
 
+def test_evaluate_says_how_far_it_is(
+    ncn: Command, monkeypatch: pytest.MonkeyPatch, finished: Path, valid: Path
+) -> None:
+    monkeypatch.setattr("ncn.progress._LINE_SECONDS", 0.0)
+    lines = ncn("evaluate", finished, "--data", valid).errors.splitlines()
+    assert all(line.startswith("evaluate: ") and "s left" in line and "tokens/s" in line for line in lines)
+    shares = [float(line.split()[1].rstrip("%,")) for line in lines]
+    assert shares == sorted(shares)
+    assert shares[0] < 10
+    assert shares[-1] == 100  # of all its passes
+
+
 def test_evaluate_prepares_a_text_with_the_models_own_tokenizer(
     ncn: Command, tmp_path: Path, finished: Path, valid: Path
 ) -> None:

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from ncn.config import NCNConfig
 from ncn.data import TokenDataset
 from ncn.errors import UserError
-from ncn.evaluate import DocumentLosses, bits_per_byte, causal_value, document_losses, evaluate, signal_means
+from ncn.evaluate import DocumentLosses, bits_per_byte, causal_value, document_losses, evaluate, freezings, signal_means
 from ncn.model import ModulatedTransformer
+from ncn.progress import ProgressReport
 from ncn.store import load
 from ncn.tokenizer import Tokenizer
 from tiny import MODEL, prepare_text, recipe, stories
@@ -147,6 +148,14 @@ def test_causal_value_freezes_each_signal_and_all(model: ModulatedTransformer, d
     assert found["gain"]["mean"] == evaluate(model, dataset, frozen={"gain": means["gain"]})
     losses = {value.loss for kinds in found.values() for value in kinds.values()}
     assert len(losses) == 10
+
+
+def test_a_bar_is_moved_on_by_every_token_of_every_pass(model: ModulatedTransformer, dataset: TokenDataset) -> None:
+    bar = ProgressReport("evaluate", 0, enabled=False)
+    evaluate(model, dataset, batch_size=3, bar=bar)
+    assert bar.read == dataset.tokens - 1
+    causal_value(model, dataset, bar=bar)
+    assert bar.read == (1 + 2 * len(freezings(model))) * (dataset.tokens - 1)
 
 
 def test_the_means_are_those_of_the_windows_that_are_evaluated(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from ncn.errors import UserError
 from ncn.files import write_atomically
 from ncn.loss import IGNORED
 from ncn.model import Frozen, ModulatedTransformer
+from ncn.progress import ProgressReport
 from ncn.signals import SIGNALS
 from ncn.tokenizer import Tokenizer
 
@@ -148,10 +149,12 @@ def evaluate(
     max_tokens: int | None = None,
     frozen: Frozen | None = None,
     autocast: torch.dtype | None = None,
+    bar: ProgressReport | None = None,
 ) -> Evaluation:
     """Evaluate on fixed, non-overlapping windows of `context` tokens, every token of the file once.
 
     `max_tokens` stops after that many, at the end of a batch; bits per byte then use the file's mean bytes a token.
+    `bar` is moved on by the tokens that were read.
     """
     check_vocabulary(model, dataset)
     context = context or model.config.context_length
@@ -162,6 +165,8 @@ def evaluate(
             losses = model.token_losses(inputs.to(device), targets.to(device), frozen=frozen)
             sums += losses.double().sum(0).cpu()
             counts += (targets != IGNORED).sum(0)
+            if bar is not None:
+                bar.advance(int((targets != IGNORED).sum()))
             if max_tokens is not None and counts.sum() >= max_tokens:
                 break
     total, tokens = sums.sum().item(), int(counts.sum())
@@ -222,24 +227,29 @@ def signal_means(
     return {name: (total / tokens).float() for name, total in sums.items()}
 
 
+def freezings(model: ModulatedTransformer) -> dict[str, tuple[str, ...]]:
+    """What `causal_value` freezes: "all" signals, and each by its name where there are several."""
+    names: tuple[str, ...] = model.config.controller.signals if model.config.controller else ()
+    return ({"all": names} if names else {}) | ({name: (name,) for name in names} if len(names) > 1 else {})
+
+
 def causal_value(
     model: ModulatedTransformer, dataset: TokenDataset, **options: Any
 ) -> dict[str, dict[str, Evaluation]]:
-    """The evaluation with signals frozen: {"all" or a signal's name: {"neutral": ..., "mean": ...}}.
+    """The evaluation with signals frozen: {"all" or a signal's name: {"neutral": ..., "mean": ...}}. `options` are
+    those of `evaluate`.
 
     Frozen at neutral, a signal has no effect at all; frozen at its mean (for every layer and head), it has an effect
     that no longer depends on the token. What freezing costs is what the signal is worth.
     """
     means = signal_means(model, dataset, context=options.get("context"))
     neutral = {name: torch.full_like(mean, SIGNALS[name].neutral) for name, mean in means.items()}
-    chosen: Mapping[str, Sequence[str]] = {"all": list(means), **({n: [n] for n in means} if len(means) > 1 else {})}
     return {
         label: {
             kind: evaluate(model, dataset, frozen={name: values[name] for name in names}, **options)
             for kind, values in (("neutral", neutral), ("mean", means))
         }
-        for label, names in chosen.items()
-        if names
+        for label, names in freezings(model).items()
     }
 
 

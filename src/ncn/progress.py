@@ -54,13 +54,21 @@ class ProgressReport(_Shown):
 
     Args:
         title: what is being done.
-        total_bytes: bytes to read, 0 where that is not known; then no time left is shown.
+        total_bytes: bytes to read, 0 where that is not known; then no time left is shown. Where tokens are read, and
+            `advance` is called, the tokens.
         enabled: False shows nothing.
     """
 
     def __init__(self, title: str, total_bytes: int, enabled: bool) -> None:
         super().__init__(title, total_bytes, 0, enabled)
         self.first_tokens: int | None = None
+        self.read = 0
+
+    def advance(self, tokens: int) -> None:
+        """Report that so many more tokens were read."""
+        self.first_tokens = 0
+        self.read += tokens
+        self.update(self.read, self.read)
 
     def columns(self) -> "tuple[ProgressColumn, ...]":
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn

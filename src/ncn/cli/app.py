@@ -85,7 +85,7 @@ def read_text(path: Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def open_dataset(data: str, tokenizer: Tokenizer, into: Path, *, progress: bool = False) -> TokenDataset:
+def open_dataset(data: str, tokenizer: Tokenizer, into: Path) -> TokenDataset:
     """A prepared folder as it is; anything else is prepared in the folder `into`, with the model's tokenizer."""
     import tempfile
 
@@ -96,7 +96,7 @@ def open_dataset(data: str, tokenizer: Tokenizer, into: Path, *, progress: bool 
         return TokenDataset.open(data)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(Path(scratch))
-        prepare([data], into, tokenizer=scratch, progress=progress)
+        prepare([data], into, tokenizer=scratch, progress=True)
     return TokenDataset.open(into)
 
 

@@ -213,17 +213,21 @@ def evaluate(
     """Loss, perplexity and bits per byte, by position, and with the signals frozen to neutral and to their mean."""
     import tempfile
 
-    from ncn.evaluate import causal_value
+    from ncn.evaluate import causal_value, freezings
     from ncn.evaluate import evaluate as run
+    from ncn.progress import ProgressReport
     from ncn.runs import write_json
     from ncn.store import load
 
     loaded, tokenizer = load(model)
     with tempfile.TemporaryDirectory() as scratch:
         dataset = open_dataset(data, tokenizer, Path(scratch) / "data")
-        options: dict[str, Any] = {"context": context, "max_tokens": max_tokens}
-        whole = run(loaded, dataset, **options)
-        frozen = causal_value(loaded, dataset, **options) if loaded.config.controller else {}
+        passes, targets = 1 + 2 * len(freezings(loaded)), dataset.tokens - 1
+        tokens = targets if max_tokens is None else min(max_tokens, targets)
+        with ProgressReport("evaluate", passes * tokens, enabled=True) as bar:
+            options: dict[str, Any] = {"context": context, "max_tokens": max_tokens, "bar": bar}
+            whole = run(loaded, dataset, **options)
+            frozen = causal_value(loaded, dataset, **options) if loaded.config.controller else {}
     print(f"{model} on {data}: {whole.tokens:,} tokens")
     figures = f"perplexity {whole.perplexity:.3f}, {whole.bits_per_byte:.4f} bits per byte"
     print(f"loss {whole.loss:.4f} nats a token, {figures}")

@@ -92,7 +92,7 @@ def _measured_data(data: str, tokenizer: Tokenizer, out: Path) -> TokenDataset:
     """A dataset folder as it is; anything else is prepared and measured in `out`, once."""
     from ncn.attributes import TABLE, write_attributes
 
-    dataset = open_dataset(data, tokenizer, out / "data", progress=True)
+    dataset = open_dataset(data, tokenizer, out / "data")
     if not Path(data).is_dir() and not (out / "data" / TABLE).is_file():
         write_attributes(out / "data", progress=True)
     return dataset
