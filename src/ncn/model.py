@@ -204,7 +204,7 @@ class ModulatedTransformer(nn.Module):
             )
         segments = find_segments(config, embeddings, input_ids, attention_mask, cache)
         positions = positions_in_segment(segments, cache, start, tokens, embeddings.device)
-        mask = attention_mask_of(segments, cache, start, tokens, embeddings.device)
+        mask = attention_mask_of(segments, cache, start, embeddings)
         if self.slider_embedding is not None and control is not None and control.sliders is not None:
             begins = positions == 0 if input_ids is None else (positions == 0) | (input_ids == config.separator_id)
             embeddings = self.slider_embedding(embeddings, control.sliders, begins)

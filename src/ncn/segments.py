@@ -68,21 +68,28 @@ def positions_in_segment(
 
 
 def attention_mask_of(
-    segments: Tensor | None, cache: Cache | None, start: int, tokens: int, device: torch.device
+    segments: Segments | None, cache: Cache | None, start: int, embeddings: Hidden
 ) -> AttentionMask | None:
-    """Which slots each position may read: those before it in its own segment. None where causality says it all."""
+    """Which slots each position may read: those before it in its own segment. None where causality says it all.
+
+    On CPU as a term of the scores, 0 or −∞: fused attention would make one of it in every layer.
+    """
+    tokens, device = embeddings.shape[1], embeddings.device
     if segments is None and (start == 0 or tokens == 1):
         return None
     slots = torch.arange(start + tokens, device=device)
     visible = (slots <= slots[start:, None])[None, None]
-    if segments is None:
+    if segments is not None:
+        held = segments
+        if cache is not None and start:
+            earlier = cache.last("segments", start)
+            assert earlier is not None
+            held = torch.cat([earlier, segments], 1)
+        visible = visible & (segments[:, None, :, None] == held[:, None, None, :])
+    if device.type != "cpu":
         return visible
-    held = segments
-    if cache is not None and start:
-        earlier = cache.last("segments", start)
-        assert earlier is not None
-        held = torch.cat([earlier, segments], 1)
-    return visible & (segments[:, None, :, None] == held[:, None, None, :])
+    exact = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    return torch.zeros(visible.shape, dtype=exact).masked_fill_(~visible, -torch.inf)
 
 
 def _check_padding(mask: Tensor) -> None:

@@ -28,7 +28,8 @@ Sliders = Float[Tensor, "#batch #tokens sliders"]
 """Inputs of the controller from outside, each from 0 to 1, or NaN where it is unset."""
 Tasks = Int[Tensor, "#batch #tokens"]
 """The place of a task in `controller.tasks`, or -1 where it is unset."""
-AttentionMask = Bool[Tensor, "#batch 1 tokens slots"]
+AttentionMask = Bool[Tensor, "#batch 1 tokens slots"] | Float[Tensor, "#batch 1 tokens slots"]
+"""True or 0 where a slot may be read, False or −∞ where not."""
 
 
 class Instructions(NamedTuple):
