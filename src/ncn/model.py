@@ -227,7 +227,7 @@ class ModulatedTransformer(nn.Module):
                     signals = {name: freeze(name, signal, frozen, index) for name, signal in signals.items()}
                 for name, signal in signals.items():
                     collected.setdefault(name, []).append(signal)
-                served, first = layer_factors(signals), index
+                served, first = layer_factors(signals, dtype=None if torch.is_grad_enabled() else x.dtype), index
             arguments = (x, served[index - first] if served else UNMODULATED, rotation, mask, cache)
             recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
             x = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)

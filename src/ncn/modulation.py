@@ -36,11 +36,14 @@ class Factors(NamedTuple):
 UNMODULATED = Factors(None, None, None, None)
 
 
-def layer_factors(signals: Mapping[str, Signal], *, gain_on_heads: bool = True) -> list[Factors]:
+def layer_factors(
+    signals: Mapping[str, Signal], *, gain_on_heads: bool = True, dtype: torch.dtype | None = None
+) -> list[Factors]:
     """The factors of every layer that the signals serve, worked out for all layers at once.
 
     `gain_on_heads`: let the heads' outputs carry the attention's gain where they are scaled anyway, which is the same
-    if nothing but a linear projection without a bias lies between.
+    if nothing but a linear projection without a bias lies between. `dtype` rounds the factors to what they multiply,
+    which is otherwise done at each product, and keeps their gradients exact.
     """
     gain, precision = signals.get("gain"), signals.get("precision")
     head, ffn, film = signals.get("head_gate"), signals.get("ffn_gate"), signals.get("norm_film")
@@ -55,7 +58,7 @@ def layer_factors(signals: Mapping[str, Signal], *, gain_on_heads: bool = True) 
     norms = (None, None) if film is None else film.chunk(2, -1)
     layers = next(iter(signals.values())).shape[2]
     columns = (
-        [None] * layers if factor is None else factor.unsqueeze(-1).unbind(2)
+        [None] * layers if factor is None else factor.to(dtype or factor.dtype).unsqueeze(-1).unbind(2)
         for factor in (precision, head, attention, ffn, *norms)
     )
     return [Factors(*row) for row in zip(*columns, strict=True)]
@@ -99,20 +102,23 @@ def _plus_scaled(x: Tensor, written: Tensor, factor: Tensor) -> Tensor:
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(x, factor)
-        return _scaled(x, factor)
+        rounded = factor.to(x.dtype)
+        ctx.save_for_backward(x, rounded)
+        ctx.exact = factor.dtype
+        return x * rounded
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
         (grad,) = grad_outputs
         x, factor = ctx.saved_tensors
-        return _scaled(grad, factor), _factor_grad(grad, x, factor)
+        return grad * factor, _factor_grad(grad, x, factor, ctx.exact)
 
 
 class _AddScaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, written: Tensor, factor: Tensor) -> Tensor:
-        ctx.save_for_backward(written, factor)
+        ctx.save_for_backward(written, factor.to(written.dtype))
+        ctx.exact = factor.dtype
         return _plus_scaled(x, written, factor)
 
     @staticmethod
@@ -120,8 +126,8 @@ class _AddScaled(torch.autograd.Function):
         (grad,) = grad_outputs
         written, factor = ctx.saved_tensors
         written_grad = grad.to(written.dtype)  # once: products of two precisions convert at every step
-        return grad, _scaled(written_grad, factor), _factor_grad(written_grad, written, factor)
+        return grad, written_grad * factor, _factor_grad(written_grad, written, factor, ctx.exact)
 
 
-def _factor_grad(grad: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    return (grad * x).sum(-1, keepdim=True, dtype=factor.dtype).sum_to_size(factor.shape)
+def _factor_grad(grad: Tensor, x: Tensor, factor: Tensor, exact: torch.dtype) -> Tensor:
+    return (grad * x).sum(-1, keepdim=True, dtype=exact).sum_to_size(factor.shape)

@@ -133,7 +133,9 @@ def signal_skipped(name: str) -> Mutant:
         patch.setattr(
             ncn.model,
             "layer_factors",
-            lambda signals: original({other: signal for other, signal in signals.items() if other != name}),
+            lambda signals, **options: original(
+                {other: signal for other, signal in signals.items() if other != name}, **options
+            ),
         )
 
     return mutate
@@ -146,7 +148,9 @@ film_skipped = signal_skipped("norm_film")
 
 def last_layer_forgets_its_signals(patch: Patch) -> None:
     original = ncn.model.layer_factors
-    patch.setattr(ncn.model, "layer_factors", lambda signals: [*original(signals)[:-1], UNMODULATED])
+    patch.setattr(
+        ncn.model, "layer_factors", lambda *signals, **options: [*original(*signals, **options)[:-1], UNMODULATED]
+    )
 
 
 def slower_decay(patch: Patch) -> None:
