@@ -16,7 +16,7 @@ from ncn.config import Recipe
 from ncn.data import TokenDataset
 from ncn.prepare import prepare
 from ncn.runs import RunFolder, read_checkpoint
-from ncn.train import Training
+from ncn.train import Training, train
 
 MODEL: dict[str, Any] = {
     "vocab_size": 300,
@@ -43,6 +43,11 @@ STEPS = 20
 
 def recipe(model: dict[str, Any] | None = None, **train: Any) -> Recipe:
     return Recipe.parse({"model": MODEL | (model or {}), "train": TRAIN | train})
+
+
+def run(recipe: Recipe, data: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """Train without a bar."""
+    return train(recipe, data, out, progress=False, **options)
 
 
 def stories(first: int, last: int) -> str:
