@@ -2,5 +2,8 @@
 
 import os
 
-# as the command line sets it, before torch is imported
+from ncn.memory import keep_freed_memory
+
+# as the command line has them, before torch is imported
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+keep_freed_memory()

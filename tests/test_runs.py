@@ -2,6 +2,7 @@
 
 import errno
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ncn.errors import UserError
 from ncn.runs import (
     KEPT_CHECKPOINTS,
     RunFolder,
+    command_words,
     describe_environment,
     disk_problem_in_one_line,
     read_checkpoint,
@@ -158,3 +160,9 @@ def test_the_environment_names_versions_and_commit() -> None:
     assert environment["threads"] == torch.get_num_threads()
     assert environment["commit"] is None or len(environment["commit"]) == 40
     json.dumps(environment)
+
+
+@pytest.mark.parametrize("program", ["/bin/ncn", "/lib/ncn/__main__.py"])
+def test_a_command_is_written_down_as_users_type_it(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "ab", "--seeds", "2"])
+    assert command_words() == ["ncn", "ab", "--seeds", "2"]

@@ -269,9 +269,15 @@ def describe_environment(device: torch.device, **facts: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": command_words(),
         **facts,
     }
+
+
+def command_words() -> list[str]:
+    """The command that runs, the program by its name alone; `python -m ncn` is `ncn`."""
+    program = Path(sys.argv[0])
+    return [program.parent.name if program.name == "__main__.py" else program.name, *sys.argv[1:]]
 
 
 def _processor() -> str:

@@ -20,6 +20,7 @@ from ncn.errors import UserError
 from ncn.evaluate import DocumentLosses, document_losses, evaluate
 from ncn.fitting import check_same_tokenizer, fit_to_data, identify
 from ncn.loss import IGNORED
+from ncn.memory import keep_freed_memory
 from ncn.model import ModulatedTransformer
 from ncn.optimizers import build_optimizers, learning_rate_factor, load_optimizer_state, optimizer_state
 from ncn.progress import TrainingProgress
@@ -267,6 +268,7 @@ def train(
     its summary. Raises `UserError` for unusable data or folders, a changed recipe or changed data on resume, a full
     disk, and a loss that is no longer a number; `Interrupted` after Ctrl-C.
     """
+    keep_freed_memory()
     training = begin(recipe, data, out, valid=valid, start=start, resume=resume)
     if training.run.finished:
         say(f"{training.run.path} is finished already")
@@ -299,15 +301,12 @@ def begin(
     recipe = fit_to_data(recipe, dataset)
     controller = recipe.model.controller
     given = DocumentInputs.of(dataset, controller)
-    known = (
-        controller.override(sliders=(), instructions=False) if controller and valid_set and valid_set.tasks else None
-    )
-    valid_given = DocumentInputs.of(valid_set, known) if valid_set else None
+    tasks_alone = controller and controller.override(sliders=(), instructions=False)
+    valid_given = DocumentInputs.of(valid_set, tasks_alone) if valid_set and valid_set.tasks else None
     context = recipe.train.context or recipe.model.context_length
     if dataset.tokens < context:
         raise UserError(
-            f"the data has {dataset.tokens} tokens, less than one window of {context}; "
-            "prepare more text, or lower context"
+            f"the data has {dataset.tokens} tokens, less than one window of {context}: prepare more, or lower it"
         )
     device = find_device(recipe.train.device)
     autocast = arithmetic(recipe.train.precision, device)

@@ -11,6 +11,7 @@ import typer
 
 from ncn.config import ControllerConfig, NCNConfig, TrainConfig
 from ncn.errors import UserError
+from ncn.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from ncn.data import TokenDataset
@@ -33,6 +34,7 @@ def main() -> None:
     # threads that sleep at once take longer to wake than a small product takes. So they spin, but not for long.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    keep_freed_memory()
     try:
         app()
     except UserError as error:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from ncn.experiments.noise import seed_noise
 from ncn.experiments.splits import Splits, make_splits
 from ncn.experiments.timing import measure_steps
 from ncn.fitting import fit_to_data
-from ncn.runs import FREE_SETTINGS, describe_environment, flat, read_json, write_json
+from ncn.runs import FREE_SETTINGS, command_words, describe_environment, flat, read_json, write_json
 
 if TYPE_CHECKING:
     from ncn.experiments.report import Report
@@ -226,7 +225,7 @@ def begin(plan: Plan, workers: int | None) -> dict[str, Any]:
         entry["seconds_per_step"] = seconds[name]
     device = find_device(plan.train.device)
     environment = describe_environment(device, autocast=str(arithmetic(plan.train.precision, device)))
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join(command_words())
     write_json(path, {"command": command, "environment": environment, **facts})
     return read_json(path)
 

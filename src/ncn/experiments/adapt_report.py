@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from ncn.experiments.report import NBSP, interval_text, p_text
 from ncn.experiments.statistics import ResampledLosses, holm
 from ncn.page import origin, table, write_page
 from ncn.retrofit.adapters import LABELS, Method
-from ncn.runs import read_json, write_json
+from ncn.runs import command_words, read_json, write_json
 
 DOMAINS = ("new", "old")
 
@@ -38,7 +37,7 @@ def write_report(folder: Path, methods: Sequence[Method], seeds: Sequence[int]) 
     """
     facts, costs = read_json(folder / "adaptation.json"), read_json(folder / "costs.json")
     runs = [read_json(path) for path in sorted((folder / "runs").glob("*.json"))]
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join(command_words())
     summary = summarise(facts, runs, methods, seeds) | {"costs": costs, "command": command}
     from ncn.plot.ab import Difference, differences, rate_sweep
     from ncn.plot.adapt import draw_trade

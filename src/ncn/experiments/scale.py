@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from ncn.experiments.launch import Job, Launcher, launch
 from ncn.experiments.splits import Splits, make_splits
 from ncn.experiments.timing import measure_steps
 from ncn.fitting import fit_to_data
-from ncn.runs import FREE_SETTINGS, describe_environment, flat, read_json, write_json
+from ncn.runs import FREE_SETTINGS, command_words, describe_environment, flat, read_json, write_json
 
 ARMS = (BASELINE, NCN)
 BUDGETS = (250_000, 500_000, 1_000_000)
@@ -209,7 +208,7 @@ def begin(ladder: Ladder, workers: int | None) -> dict[str, Any]:
         for arm in ARMS
     }
     environment = describe_environment(find_device(ladder.recipe.train.device))
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join(command_words())
     measured_facts = {"seconds_per_step": measure_steps(recipes, threads)}
     write_json(path, {"command": command, "environment": environment, **facts, **measured_facts})
     return read_json(path)
