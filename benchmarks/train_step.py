@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks.arms import batch, training_flops, training_step
-from benchmarks.measure import DEVICE, PRECISIONS, interleaved, matmul_rate, ratio
+from benchmarks.measure import DEVICE, PRECISIONS, interleaved, matmul_rate, ratio, seconds
 
 SEQUENCES = {"mini": 16, "published-18m": 4}
 WITH_GPT2 = {"published-18m"}
@@ -22,12 +25,15 @@ TURNS = {"mini": 6}
 
 def measure(preset: str, precision: str, rounds: int, compiled: bool = False) -> dict[str, Any]:
     """Seconds a step of every arm, their ratios, and the share of the machine's matrix rate that the products reach."""
-    sequences = SEQUENCES.get(preset, 4) * (8 if DEVICE.type == "cuda" else 1)
+    sequences = _sequences(preset)
     data = batch(preset, sequences)
-    names = ["static twin", "ncn", *(["gpt2"] if preset in WITH_GPT2 else [])]
-    arms = {name: training_step(name, preset, data, precision, compiled) for name in names}
+    arms = {name: training_step(name, preset, data, precision, compiled) for name in ("static twin", "ncn")}
     rounds *= TURNS.get(preset, 1)
-    times = interleaved(arms, rounds)
+    if preset in WITH_GPT2:
+        with Elsewhere("gpt2", preset, precision, compiled) as step:
+            times = interleaved({**arms, "gpt2": step}, rounds)
+    else:
+        times = interleaved(arms, rounds)
     tokens = data[0].numel()
     limit = training_flops(preset, sequences) / matmul_rate(PRECISIONS[precision])
     result: dict[str, Any] = {
@@ -47,6 +53,45 @@ def measure(preset: str, precision: str, rounds: int, compiled: bool = False) ->
     return result
 
 
+class Elsewhere:
+    """Steps of an arm in a process of its own, where memory is managed as it is without us."""
+
+    def __init__(self, arm: str, preset: str, precision: str, compiled: bool) -> None:
+        self.command = [sys.executable, "-m", "benchmarks.train_step", "--serve", arm, "--preset", preset]
+        self.command += ["--precision", precision, "--threads", str(torch.get_num_threads())]
+        self.command += ["--compile"] if compiled else []
+
+    def __enter__(self) -> Callable[[], None]:
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self._step
+
+    def _step(self) -> None:
+        assert self.process.stdin
+        assert self.process.stdout
+        try:
+            print("step", file=self.process.stdin, flush=True)
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise RuntimeError("the process of the other arm has ended")
+
+    def __exit__(self, *error: object) -> None:
+        self.process.communicate()
+
+
+def serve(arm: str, preset: str, precision: str, compiled: bool) -> None:
+    """Make a step for every line that is read."""
+    step = training_step(arm, preset, batch(preset, _sequences(preset)), precision, compiled)
+    for _ in sys.stdin:
+        seconds(step)
+        print("done", flush=True)
+
+
+def _sequences(preset: str) -> int:
+    return SEQUENCES.get(preset, 4) * (8 if DEVICE.type == "cuda" else 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="mini")
@@ -54,9 +99,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each arm")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--serve", metavar="ARM", help="make a step of this arm for every line of standard input")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.serve:
+        serve(options.serve, options.preset, options.precision, options.compile)
+        return
     for key, value in measure(options.preset, options.precision, options.steps, options.compile).items():
         print(f"{key}: {value}")
 

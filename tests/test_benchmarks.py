@@ -52,3 +52,13 @@ def test_one_part_is_measured_and_the_others_are_kept(
     page = (tmp_path / "README.md").read_text("utf-8")
     assert page.startswith((ROOT / "benchmarks" / "README.md").read_text("utf-8").split(benchmarks.MARK)[0])
     assert f"| {documents} documents, " in page
+
+
+def test_an_arm_steps_in_a_process_of_its_own(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with benchmarks.train_step.Elsewhere("static twin", "mini", "float32", compiled=False) as step:
+        step()
+        step()
+    other = benchmarks.train_step.Elsewhere("no such preset's arm", "no such preset", "float32", compiled=False)
+    with pytest.raises(RuntimeError, match="has ended"), other as step:
+        step()
