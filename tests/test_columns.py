@@ -388,7 +388,7 @@ def test_a_trained_model_obeys_instruction_and_column(tmp_path: Path) -> None:
     prepare([source], data, vocab_size=300, sliders=["rating"], instruction="prompt")
     write_attributes(data, measured=False)
     recipe = small(
-        "controller.sliders=[rating]", "tokens=40_000", "batch_size=4", "input_dropout=0", "controller_learning_rate=1"
+        "controller.sliders=[rating]", "tokens=80_000", "batch_size=4", "input_dropout=0", "controller_learning_rate=1"
     )
     train(recipe, data, tmp_path / "run", progress=False)
     model, tokenizer = ncn.load(tmp_path / "run")
