@@ -164,9 +164,10 @@ def evaluate(
         for inputs, targets in dataset.windows(context, batch_size):
             losses = model.token_losses(inputs.to(device), targets.to(device), frozen=frozen)
             sums += losses.double().sum(0).cpu()
-            counts += (targets != IGNORED).sum(0)
+            read = (targets != IGNORED).sum(0)
+            counts += read
             if bar is not None:
-                bar.advance(int((targets != IGNORED).sum()))
+                bar.advance(int(read.sum()))
             if max_tokens is not None and counts.sum() >= max_tokens:
                 break
     total, tokens = sums.sum().item(), int(counts.sum())

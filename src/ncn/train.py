@@ -306,7 +306,7 @@ def begin(
     context = recipe.train.context or recipe.model.context_length
     if dataset.tokens < context:
         raise UserError(
-            f"the data has {dataset.tokens} tokens, less than one window of {context}: prepare more, or lower it"
+            f"the data's {dataset.tokens} tokens are less than one window of {context}; prepare more, or lower context"
         )
     device = find_device(recipe.train.device)
     autocast = arithmetic(recipe.train.precision, device)
