@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch.nn import functional as F
 
 from ncn import linear as module
-from ncn.linear import FEW_ROWS, Linear, linear, reads_in_blocks
+from ncn.linear import FEW_ROWS, Linear, linear
 
 
-@pytest.fixture(params=["AuthenticAMD", "GenuineIntel"])
-def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The maker that the system names; every test that asks for it runs as on both."""
-    monkeypatch.setattr(module.Path, "read_text", lambda *_: f"vendor_id\t: {request.param}\n")
-    reads_in_blocks.cache_clear()
-    yield request.param
-    reads_in_blocks.cache_clear()
+@pytest.fixture(params=[True, False])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the processor is one that reads in blocks; a test that asks for it runs as on either."""
+    monkeypatch.setattr(module, "READS_IN_BLOCKS", request.param)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize(
+    ("described", "expected"), [("vendor_id\t: AuthenticAMD\n", True), ("vendor_id\t: GenuineIntel\n", False)]
+)
+def test_the_processor_decides(described: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.Path, "read_text", lambda _: described)
+    assert module._made_by_amd() == expected
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (FEW_ROWS, 1), (1, FEW_ROWS), (2, 5)])
 @pytest.mark.parametrize("size", [(256, 192), (50257, 8), (50021, 3), (7, 5)])  # blocks of 4, of 29, a prime, tiny
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @torch.no_grad()
-def test_it_is_the_linear_map(
-    processor: str, shape: tuple[int, int], size: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_it_is_the_linear_map(blocks: bool, shape: tuple[int, int], size: tuple[int, int], dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(*size, generator=generator).to(dtype)
     bias = torch.randn(size[0], generator=generator).to(dtype)
@@ -42,8 +44,7 @@ def test_it_is_the_linear_map(
     assert torch.allclose(linear(x.float(), transposed), F.linear(x.float(), transposed), atol=1e-4)
 
 
-def test_few_rows_of_a_large_matrix_take_it_and_nothing_else(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = processor == "AuthenticAMD"
+def test_few_rows_of_a_large_matrix_take_it_and_nothing_else(blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     real = torch.bmm
     monkeypatch.setattr(module.torch, "bmm", lambda *args: taken.append(1) or real(*args))

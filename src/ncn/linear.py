@@ -20,6 +20,19 @@ _SMALL = 3 << 14
 """Numbers of a matrix that is in the processor's cache soon enough either way."""
 
 
+def _made_by_amd() -> bool:
+    try:
+        described = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        described = platform.processor()
+    return "AuthenticAMD" in described
+
+
+READS_IN_BLOCKS = _made_by_amd()
+"""Whether few rows are multiplied block by block. The processor decides and not a stopwatch, so that the same machine
+always gives the same numbers."""
+
+
 class Linear(nn.Linear):
     """As torch's own; the numbers may differ in the last bits between few rows and many."""
 
@@ -47,7 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.dtype != torch.float32
         or not weight.is_cpu
         or torch.is_autocast_enabled("cpu")
-        or not reads_in_blocks()
+        or not READS_IN_BLOCKS
         or (blocks := _blocks(rows)) == 1
     ):
         return F.linear(x, weight, bias)
@@ -55,17 +68,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     few = x.reshape(-1, columns).t().expand(blocks, columns, -1)
     product = torch.bmm(torch.unflatten(weight, 0, (blocks, -1)), few).view(rows, -1).t().reshape(*x.shape[:-1], rows)
     return product if bias is None else product + bias
-
-
-@functools.cache
-def reads_in_blocks() -> bool:
-    """Whether few rows are multiplied block by block: on AMD's processors. The processor decides and not a stopwatch,
-    so that the same machine always gives the same numbers."""
-    try:
-        described = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        described = platform.processor()
-    return "AuthenticAMD" in described
 
 
 @functools.cache
