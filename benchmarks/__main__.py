@@ -47,7 +47,9 @@ def _measured(part: str, rounds: int) -> Any:
             for precision in PRECISIONS
         }
     if part == "decode":
-        return [_told(decode.measure(precision, max(rounds // 2, 3))) for precision in PRECISIONS]
+        return [
+            _told(decode.measure(precision, rounds, compiled)) for compiled in (False, True) for precision in PRECISIONS
+        ]
     return [
         _told(train_step.measure(preset, precision, rounds))
         for precision in PRECISIONS
@@ -74,12 +76,14 @@ def tables(results: Mapping[str, Any]) -> str:
     ]
     lines += [
         "",
-        "| decoding `published-18m` | tokens/s | controller overhead | against GPT-2 | share of the bandwidth |",
-        "|---|---|---|---|---|",
+        "| decoding `published-18m` | tokens/s | controller overhead | against GPT-2 | against GPT-2, compiled "
+        "| share of the bandwidth |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['precision']} | {row['tokens_per_second']['ncn']:,.0f} | {_overhead(row['controller_overhead'])} "
-        f"| {_speed(row['speed_against_gpt2'])} | {row['share_of_limit']:.0%} |"
+        f"| {row['precision']}{', compiled' if row['compiled'] else ''} | {row['tokens_per_second']['ncn']:,.0f} "
+        f"| {_overhead(row['controller_overhead'])} | {_speed(row['speed_against_gpt2'])} "
+        f"| {_speed(row['speed_against_gpt2_compiled'])} | {row['share_of_limit']:.0%} |"
         for row in results["decode"]
     ]
     lines += [

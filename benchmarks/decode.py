@@ -21,31 +21,41 @@ PRESET = "published-18m"
 PROMPT, NEW = 32, 128
 
 
-def measure(precision: str, rounds: int) -> dict[str, Any]:
-    """Tokens a second of every arm, their ratios, and the share of the memory's bandwidth that the weights take."""
+def measure(precision: str, rounds: int, compiled: bool = False) -> dict[str, Any]:
+    """Tokens a second of every arm, their ratios, and the share of the memory's bandwidth that the weights take.
+
+    `compiled`: our steps are compiled, and GPT-2 writes both as it is and with its forward pass compiled.
+    """
     dtype = PRECISIONS[precision]
     prompt = torch.randint(1000, (PROMPT,)).tolist()
     ours = {name: our_model(PRESET, name).to(dtype).eval() for name in ("static twin", "ncn")}
-    arms = {name: _ours(model, prompt) for name, model in ours.items()}
-    times = interleaved({**arms, "gpt2": _theirs(gpt2(PRESET).to(dtype).eval(), prompt)}, rounds, warmup=1)
+    arms = {name: _ours(model, prompt, compiled) for name, model in ours.items()}
+    arms["gpt2"] = _theirs(gpt2(PRESET).to(dtype).eval(), prompt)
+    if compiled:
+        faster = gpt2(PRESET).to(dtype).eval()
+        faster.forward = torch.compile(faster.forward, dynamic=True)
+        arms["gpt2 compiled"] = _theirs(faster, prompt)
+    times = interleaved(arms, rounds, warmup=1)
     limit = _bytes_per_token(ours["ncn"]) / memory_bandwidth()
     return {
         "preset": PRESET,
         "precision": precision,
+        "compiled": compiled,
         "prompt": PROMPT,
         "new_tokens": NEW,
         "rounds": rounds,
         "tokens_per_second": {name: NEW / statistics.median(taken) for name, taken in times.items()},
         "controller_overhead": ratio(times, "ncn", "static twin"),
         "speed_against_gpt2": ratio(times, "gpt2", "ncn"),
+        "speed_against_gpt2_compiled": ratio(times, "gpt2 compiled", "ncn") if compiled else None,
         "limit_tokens_per_second": 1 / limit,
         "share_of_limit": NEW * limit / statistics.median(times["ncn"]),
     }
 
 
-def _ours(model: ModulatedTransformer, prompt: list[int]) -> Callable[[], None]:
+def _ours(model: ModulatedTransformer, prompt: list[int], compiled: bool) -> Callable[[], None]:
     def write() -> None:
-        assert len(list(generate_tokens(model, prompt, max_tokens=NEW, temperature=0))) == NEW
+        assert len(list(generate_tokens(model, prompt, max_tokens=NEW, temperature=0, compile=compiled))) == NEW
 
     return write
 
@@ -75,10 +85,11 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--steps", type=int, default=5, help="measured sequences of each arm")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--compile", action="store_true", help="compile the steps; takes minutes")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    for key, value in measure(options.precision, options.steps).items():
+    for key, value in measure(options.precision, options.steps, options.compile).items():
         print(f"{key}: {value}")
 
 

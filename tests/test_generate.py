@@ -1,16 +1,21 @@
 """Decoding: greedy is the argmax of the whole forward pass, a seed gives the same text, characters stay whole."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from contracts.variants import SMALL_CONTROLLER, awake, config
 from ncn.config import NCNConfig
 from ncn.data import TokenDataset
 from ncn.errors import UserError
 from ncn.generate import generate, generate_tokens
 from ncn.model import ModulatedTransformer
+from ncn.store import save_model
 from ncn.tokenizer import Tokenizer
 from tiny import MODEL
 
@@ -183,3 +188,39 @@ def test_bytes_that_never_become_a_character_come_out_in_the_end(tokenizer: Toke
     assert pieces[0] == "a"
     assert "".join(pieces) == tokenizer.decode(half)
     assert set("".join(pieces)[1:]) == {"\ufffd"}
+
+
+COMPILED = """
+import json, sys
+from ncn.generate import generate_tokens
+from ncn.store import load_model
+model = load_model(sys.argv[1])
+for prompt in ([1, 7, 8, 9], [1, 5]):
+    plain, compiled = (
+        list(generate_tokens(model, prompt, max_tokens=12, temperature=0, compile=compile, **json.loads(sys.argv[2])))
+        for compile in (False, True)
+    )
+    assert plain == compiled, (plain, compiled)
+print("the same")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cross_documents", "options"),
+    [(True, {}), (False, {"sliders": {"calm": 0.9}, "task": "tell", "instruction": [5, 6], "guidance": 2.0})],
+)
+def test_a_compiled_step_writes_the_same(tmp_path: Path, cross_documents: bool, options: dict[str, Any]) -> None:
+    given = {"sliders": ["calm"], "tasks": ["tell", "ask"], "instructions": True, "taps": "every"}
+    save_model(awake(config(SMALL_CONTROLLER | given, cross_documents=cross_documents)), tmp_path, None)
+    # in a process of its own, because the compiler cannot see through the shape checks of the tests
+    words = [sys.executable, "-c", COMPILED, str(tmp_path), json.dumps(options)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("the same\n"), done.stderr
+    assert "recompile_limit" not in done.stderr
+
+
+def test_no_compiler_is_said_at_once(model: ModulatedTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -x")
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler, and no-such-compiler -x was not found"):
+        tokens(model, compile=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ncn.cache import Cache
+from ncn.compiling import compiled
 from ncn.errors import UserError
 from ncn.given import EMPTY_INSTRUCTION, instruction_ids
 from ncn.model import ModulatedTransformer
@@ -32,6 +33,7 @@ def generate_tokens(
     task: str | None = None,
     instruction: Sequence[int] | None = None,
     guidance: float = 1.0,
+    compile: bool = False,
 ) -> Iterator[int]:
     """Yield new token ids as they come; ends at `stop_id` (not yielded), after `max_tokens`, or at a full context.
 
@@ -42,6 +44,10 @@ def generate_tokens(
     the prompt to the second at `max_tokens`. Those that are not named are unset. `task` names one of the model's tasks,
     and `instruction` is the token ids of an instruction. `guidance` above 1 extrapolates from the model without them to
     the model with them: logits are unset + guidance · (set - unset).
+
+    `compile` compiles the step of one token, which takes up to a minute at the first text that a process writes with
+    the model. From then on a step takes a third to two thirds of the time, because most of what it does is too little
+    work for an operation of its own.
     """
     _check_sampling(max_tokens, temperature, top_k, top_p)
     setting = _Setting(model, sliders or {}, task, instruction, guidance, max_tokens)
@@ -59,12 +65,17 @@ def generate_tokens(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    cache = Cache(capacity=min(len(prompt) + max_tokens, model.config.context_length))
+    # A compiled step is made for caches of one size, and for one token: the prompt is read by the step as it is.
+    longest = model.config.context_length
+    cache = Cache(capacity=longest if compile else min(len(prompt) + max_tokens, longest))
+    step = compiled(model.forward, dynamic=True) if compile else model
     tokens = torch.tensor([prompt], device=device)
     for number in range(min(max_tokens, room)):
         rows = tokens.expand(setting.rows, -1)
         logits = setting.guided(
-            model(rows, cache=cache, last_only=True, control=setting.inputs(number, device)).logits[:, -1]
+            (step if number else model)(
+                rows, cache=cache, last_only=True, control=setting.inputs(number, device)
+            ).logits[:, -1]
         )
         chosen = _choose(logits, temperature, top_k, top_p, generator)
         token = int(chosen)

@@ -7,7 +7,6 @@ and such a batch at half of that.
 
 from __future__ import annotations
 
-import functools
 import platform
 from pathlib import Path
 
@@ -70,7 +69,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return product if bias is None else product + bias
 
 
-@functools.cache
 def _blocks(rows: int) -> int:
     """Into how many equal parts to cut that many rows: a few, if they can be cut at all."""
     return next((parts for parts in range(4, 64) if rows % parts == 0), 1)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ncn.compiling import compiled
 from ncn.config import Recipe, TrainConfig
 from ncn.data import TokenDataset
 from ncn.devices import arithmetic, find_device
@@ -73,7 +74,7 @@ class Training:
         self.optimizers = build_optimizers(self.model, self.config)
         self.loss = self.model.loss
         if self.config.compile:
-            self.model.hidden_states = torch.compile(self.model.hidden_states)  # type: ignore[method-assign]
+            self.model.hidden_states = compiled(self.model.hidden_states)  # type: ignore[method-assign]
 
     def train_step(self) -> dict[str, Tensor]:
         """One optimiser step; returns the signals of its last micro-batch."""

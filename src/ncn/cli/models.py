@@ -167,6 +167,9 @@ def generate(
         str | None, typer.Option(help="What to write, in words, for a model that was trained with instructions.")
     ] = None,
     guidance: Annotated[float, typer.Option(help="Above 1, exaggerate what sliders, task and instruction do.")] = 1.0,
+    compile_step: Annotated[
+        bool, typer.Option("--compile", help="Compile a token's step: up to a minute, then two or three times as fast.")
+    ] = False,
 ) -> None:
     """Continue a prompt, streaming. MODEL is a run folder, a saved folder, a bundled model or a hub name."""
     model_name, prompt = model_and_text(words, "PROMPT")
@@ -176,7 +179,7 @@ def generate(
     model, tokenizer = load(model_name)
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options |= {"sliders": dict(map(_slider, settings or [])), "task": task, "guidance": guidance}
-    options |= {"instruction": instruction}
+    options |= {"instruction": instruction, "compile": compile_step}
     if max_tokens is not None:
         options["max_tokens"] = max_tokens
     pieces = run(model, tokenizer, prompt, **options)
