@@ -19,13 +19,16 @@ from ncn import attributes
 from ncn.attributes import MEASURES, DocumentSliders, measure, rank, read_table, write_attributes
 from ncn.cache import Cache
 from ncn.config import ControllerConfig
+from ncn.control_inputs import input_parameters
 from ncn.document_inputs import DocumentInputs
 from ncn.generate import generate_tokens
 from ncn.model import ModulatedTransformer
 from ncn.prepare import prepare
 from ncn.reference import reference
+from ncn.runs import RunFolder
 from ncn.train import train
 from ncn.types import ControlInputs
+from tiny import MODEL, recipe
 
 NAN = math.nan
 
@@ -39,13 +42,14 @@ def with_sliders(**controller: Any) -> ModulatedTransformer:
 
 
 def entering(enter: str, **settings: Any) -> ModulatedTransformer:
-    """A model whose sliders enter the controller, or, beside learned constants, as a prefix token or everywhere."""
-    kind = "ncn" if enter == "controller" else "static"
+    """A model whose sliders enter the controller, the layers beside it, or, beside learned constants, a prefix token or
+    every embedding."""
+    kind = "ncn" if enter in ("controller", "layers") else "static"
     sliders = {"sliders": ["calm", "long"], "sliders_enter": enter, "kind": kind}
     return awake(config(SMALL_CONTROLLER | sliders, **settings))
 
 
-ENTRIES = pytest.mark.parametrize("enter", ["controller", "prefix", "embedding"])
+ENTRIES = pytest.mark.parametrize("enter", ["controller", "layers", "prefix", "embedding"])
 APART = pytest.mark.parametrize("cross_documents", [True, False], ids=["documents together", "documents apart"])
 
 
@@ -111,6 +115,24 @@ def test_before_training_they_change_nothing_and_get_a_gradient_later() -> None:
         assert (weight.grad.abs().sum(0) > 0).all()
 
 
+def test_directions_in_the_layers_begin_at_nothing_and_all_learn() -> None:
+    torch.manual_seed(0)
+    plain = ModulatedTransformer(config())
+    torch.manual_seed(0)
+    model = ModulatedTransformer(config(SMALL_CONTROLLER | {"sliders": ["calm"], "sliders_enter": "layers"}))
+    assert set(model.state_dict()) - set(plain.state_dict()) == {"slider_directions.weight"}
+    given = ControlInputs(torch.full((1, 1, 1), 0.9))
+    assert torch.equal(model(text(9), control=given).logits, plain(text(9)).logits)
+    model.checkpointing = True  # a layer that is computed twice is given them twice
+    model(text(9), control=given).logits.square().sum().backward()
+    assert model.slider_directions.weight.grad.abs().sum((1, 2)).gt(0).all()
+    kept = model.slider_directions.weight.grad
+    model.zero_grad()
+    model.checkpointing = False
+    model(text(9), control=given).logits.square().sum().backward()
+    assert torch.equal(model.slider_directions.weight.grad, kept)
+
+
 def test_a_slider_acts_on_its_row_and_from_its_token_on() -> None:
     model, ids = with_sliders(), text(12)
     plain = model(ids).logits
@@ -163,8 +185,8 @@ def test_a_prefix_token_is_the_first_of_each_document_and_acts_on_its_own_docume
     assert moved.any(-1).tolist() == [[True] * 7 + [False] * 2]
 
 
-@pytest.mark.parametrize("enter", ["prefix", "embedding"])
-def test_a_slider_embedding_stays_where_it_belongs_beside_padding_and_beams(enter: str) -> None:
+@pytest.mark.parametrize("enter", ["layers", "prefix", "embedding"])
+def test_a_slider_stays_where_it_belongs_beside_padding_and_beams(enter: str) -> None:
     model, ids = entering(enter, cross_documents=False), text(12)
     given = ControlInputs(torch.rand(2, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
     mask = torch.arange(12) >= torch.tensor([[0], [4]])
@@ -189,7 +211,7 @@ def test_a_slider_embedding_leaves_the_other_weights_as_they_were_and_learns() -
     assert all(torch.equal(more[name], plain[name]) for name in plain)
     model(text(9), control=ControlInputs(torch.full((1, 1, 1), 0.9))).logits.square().sum().backward()
     assert (model.slider_embedding.weight.grad != 0).all()
-    with pytest.raises(ncn.UserError, match=r"sliders may enter beside them, with controller\.sliders_enter=prefix"):
+    with pytest.raises(ncn.UserError, match=r"sliders may enter beside them, with controller\.sliders_enter=layers"):
         config({"kind": "static", "sliders": ["calm"]})
 
 
@@ -364,3 +386,37 @@ def test_training_uses_them_and_continues_bit_for_bit(data: Path, tmp_path: Path
         with pytest.raises(ncn.UserError, match=words):
             train(changed, place, tmp_path / "none", progress=False)
         assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("enter", ["controller", "layers", "prefix"])
+def test_sliders_that_are_learned_last_leave_the_model_as_it_was(enter: str, data: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"valid": data / "data", "progress": False}
+    train(recipe(), data / "data", tmp_path / "plain", **options)
+    last = recipe(
+        {"controller": {**MODEL["controller"], "sliders": ["dialogue"], "sliders_enter": enter}}, only_inputs=True
+    )
+    train(last, data / "data", tmp_path / "last", start=tmp_path / "plain", **options)
+    (plain, _), (model, _) = ncn.load(tmp_path / "plain"), ncn.load(tmp_path / "last")
+    weights = model.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in plain.state_dict().items())
+    learned = {name: weights[name] for name in input_parameters(model)}
+    assert set(weights) == set(plain.state_dict()) | set(learned)
+    assert all(weight.any() for weight in learned.values())
+    ids = torch.arange(20)[None]
+    assert torch.equal(model(ids).logits, plain(ids).logits)
+    assert not torch.equal(model(ids, control=ControlInputs(torch.ones(1, 1, 1))).logits, plain(ids).logits)
+    losses = [RunFolder.open(tmp_path / name).summary()["validation_loss"] for name in ("plain", "last")]
+    assert losses[0] == losses[1]
+
+    for wrong, start, words in [
+        (last, None, "it needs --start MODEL"),
+        (recipe(only_inputs=True), tmp_path / "plain", r"it needs inputs, such as controller\.sliders="),
+        (
+            recipe({"controller": {**MODEL["controller"], "sliders": ["length"]}}),
+            tmp_path / "last",
+            r"of another model: controller\.sliders is",
+        ),
+    ]:
+        with pytest.raises(ncn.UserError, match=words):
+            train(wrong, data / "data", tmp_path / "none", start=start, **options)
+    assert not (tmp_path / "none").exists()

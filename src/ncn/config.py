@@ -81,10 +81,11 @@ class ControllerConfig(_Config):
     sliders: tuple[str, ...] = Field(
         (), description="inputs from outside, each from 0 to 1 or unset, such as the attributes of `ncn prepare`"
     )
-    sliders_enter: Literal["controller", "prefix", "embedding"] = Field(
+    sliders_enter: Literal["controller", "layers", "prefix", "embedding"] = Field(
         "controller",
-        description="where sliders enter: the controller, or, to compare with, the embedding of the token that begins "
-        "a document (a prefix token), or the embeddings of all tokens",
+        description="where sliders enter: the controller; the input of every sublayer, each with directions of its own "
+        "(layers); or, to compare with, the embedding of the token that begins a document (a prefix token), or the "
+        "embeddings of all tokens",
     )
     tasks: tuple[str, ...] = Field((), description="names of tasks, each an embedding of its own in the controller")
     instructions: bool = Field(False, description="whether the controller reads an instruction in words")
@@ -100,7 +101,7 @@ class ControllerConfig(_Config):
         if self.kind != "ncn" and (self.sliders_read or self.tasks or self.instructions):
             raise ValueError(
                 f"inputs from outside need controller.kind=ncn; {self.kind} signals have none, but sliders may enter "
-                "beside them, with controller.sliders_enter=prefix or embedding"
+                "beside them, with controller.sliders_enter=layers, prefix or embedding"
             )
         if self.width % self.pooling_heads:
             raise ValueError(
@@ -237,6 +238,11 @@ class TrainConfig(_Config):
     )
     single_input_dropout: float = Field(
         0.03, ge=0, le=1, description="share of inputs left out of the other windows, one by one"
+    )
+    only_inputs: bool = Field(
+        False,
+        description="train only what sliders, tasks and instructions enter by, on a trained model (--start), which "
+        "stays exactly what it was where they are unset",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="arithmetic of the matrix products; auto: bfloat16 where the processor is fast at it"

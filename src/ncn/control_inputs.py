@@ -14,6 +14,17 @@ from ncn.errors import UserError
 from ncn.types import ControlInputs, Hidden, Sliders
 
 
+def input_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that inputs from outside enter by, by name."""
+    places = (ExternalInputs, SliderEmbedding, SliderDirections)
+    return {
+        f"{prefix}.{name}": parameter
+        for prefix, module in model.named_modules()
+        if isinstance(module, places)
+        for name, parameter in module.named_parameters()
+    }
+
+
 def check_inputs(given: ControlInputs, config: NCNConfig) -> None:
     """Raises `UserError` for inputs that the model does not have."""
     controller = config.controller
@@ -112,7 +123,7 @@ class SliderEmbedding(nn.Module):
     def of(cls, config: NCNConfig) -> SliderEmbedding | None:
         """The one that the configuration asks for; None where sliders enter the controller, or there are none."""
         controller = config.controller
-        if controller is None or not controller.sliders or controller.sliders_enter == "controller":
+        if controller is None or not controller.sliders or controller.sliders_enter not in ("prefix", "embedding"):
             return None
         return cls(config.d_model, len(controller.sliders), controller.sliders_enter == "prefix")
 
@@ -120,6 +131,28 @@ class SliderEmbedding(nn.Module):
         """The embeddings with those of the sliders. `begins` is true where a document begins."""
         added = nn.functional.linear(known_values(sliders.to(self.weight.dtype)), self.weight)
         return embeddings + (added * begins.unsqueeze(-1) if self.prefix else added)
+
+
+class SliderDirections(nn.Module):
+    """Sliders as directions in the residual stream: a linear map of them for every place, the input of each sublayer
+    and what the last norm reads, that is added there. It begins at zero."""
+
+    def __init__(self, d_model: int, places: int, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(places, d_model, 2 * count))
+
+    @classmethod
+    def of(cls, config: NCNConfig) -> SliderDirections | None:
+        """Those that the configuration asks for; None where sliders enter elsewhere, or there are none."""
+        controller = config.controller
+        if controller is None or not controller.sliders or controller.sliders_enter != "layers":
+            return None
+        return cls(config.d_model, 2 * config.num_layers + 1, len(controller.sliders))
+
+    def forward(self, sliders: Sliders) -> tuple[Hidden, ...]:
+        """What is added at each place, (batch, tokens or 1, width)."""
+        added = nn.functional.linear(known_values(sliders.to(self.weight.dtype)), self.weight.flatten(0, 1))
+        return torch.unflatten(added, -1, (len(self.weight), -1)).unbind(-2)
 
 
 def known_values(sliders: Tensor) -> Tensor:

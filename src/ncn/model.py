@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ncn.cache import Cache
 from ncn.config import NCNConfig
-from ncn.control_inputs import SliderEmbedding, check_inputs, mean_embedding
+from ncn.control_inputs import SliderDirections, SliderEmbedding, check_inputs, mean_embedding
 from ncn.controller import SignalSource, signal_source
 from ncn.errors import UserError
 from ncn.linear import Linear, linear
@@ -64,6 +64,7 @@ class ModulatedTransformer(nn.Module):
             self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
             self.controller: SignalSource | None = signal_source(config)
             self.slider_embedding = SliderEmbedding.of(config)
+            self.slider_directions = SliderDirections.of(config)
         self.checkpointing = False
         """Whether the backward pass recomputes each layer instead of keeping what it computed: slower, far smaller."""
         self.layout = SignalLayout.of(config) if config.controller else None
@@ -83,7 +84,9 @@ class ModulatedTransformer(nn.Module):
         for name, parameter in self.named_parameters():
             if name.startswith("controller."):
                 continue
-            if parameter.ndim < 2:
+            if name.startswith("slider_directions."):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim < 2:
                 nn.init.ones_(parameter)  # the weights of the norms: the backbone has no biases
             elif not parameter.is_meta:
                 # what writes into the residual stream is scaled down by the number of writers, as in GPT-2
@@ -213,6 +216,10 @@ class ModulatedTransformer(nn.Module):
             x = x + self.position_embedding(positions)
         rotation = None if config.positions == "learned" else rotary_tables(positions, config, x.dtype)
 
+        shifts: tuple[Tensor, ...] = ()
+        if self.slider_directions is not None and control is not None and control.sliders is not None:
+            shifts = self.slider_directions(control.sliders)
+
         collected: dict[str, list[Tensor]] = {}
         served: list[Factors] = []
         context = None
@@ -228,9 +235,12 @@ class ModulatedTransformer(nn.Module):
                 for name, signal in signals.items():
                     collected.setdefault(name, []).append(signal)
                 served, first = layer_factors(signals, dtype=None if torch.is_grad_enabled() else x.dtype), index
-            arguments = (x, served[index - first] if served else UNMODULATED, rotation, mask, cache)
+            factors = served[index - first] if served else UNMODULATED
+            arguments = (x, factors, rotation, mask, cache, shifts[2 * index : 2 * index + 2])
             recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
             x = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
+        if shifts:
+            x = x + shifts[-1]
         if cache is not None:
             cache.advance(tokens)
         return self.norm(x), {
@@ -268,10 +278,16 @@ class Layer(nn.Module):
         rotation: tuple[Tensor, Tensor] | None,
         mask: AttentionMask | None,
         cache: Cache | None,
+        shifts: tuple[Tensor, ...] = (),
     ) -> Hidden:
+        """`shifts` is empty, or what sliders add before each of the two sublayers."""
+        if shifts:
+            x = x + shifts[0]
         normed = scale_groups(self.attention_norm(x), factors.attention_norm)
         attended = self.attention(normed, factors.query, factors.head, rotation, mask, cache)
         x = add_scaled(x, attended, factors.attention)
+        if shifts:
+            x = x + shifts[1]
         return add_scaled(x, self.ffn(scale_groups(self.ffn_norm(x), factors.ffn_norm)), factors.ffn)
 
 

@@ -16,15 +16,18 @@ from ncn.model import ModulatedTransformer
 
 
 def build_optimizers(model: ModulatedTransformer, config: TrainConfig) -> list[Optimizer]:
-    """AdamW, and before it Muon for the layers' matrices where the configuration asks for it.
+    """AdamW, and before it Muon for the layers' matrices where the configuration asks for it. What requires no gradient
+    is left out.
 
     Weights of linear maps decay. Embeddings, norms, biases, filters and constants do not: pulling them to zero means
     nothing, or, for a signal's bias, pulls it off neutral.
     """
     decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = layer_matrices(model) if config.optimizer == "muon" else {}
-    for name, parameter in model.named_parameters():
+    matrices = {name: matrix for name, matrix in matrices.items() if name in trained}
+    for name, parameter in trained.items():
         if name not in matrices:
             # what sliders add goes into the controller, and is learnt at the pace of the embeddings that words have
             key = (id(parameter) in decayed, name.startswith("controller.") and ".external." not in name)

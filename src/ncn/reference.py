@@ -99,26 +99,34 @@ def _document(
         tapped = embeddings if layer == 0 else x  # (3): tap 0 reads the embeddings
         raw += _raw_signals(config, weights, layer, tapped, embeddings, given)
         signals = [_split(config, raw[layer][t]) if raw else {} for t in range(len(ids))]
-        x = _layer(config, weights, layer, x, signals)
+        x = _layer(config, weights, layer, x, signals, given)
         sent.append(signals)
+    x = _shifted(config, weights, 2 * config.num_layers, x, given)
     return [_rms_norm(h, config) * weights["norm.weight"] for h in x], sent
 
 
-def _layer(config: NCNConfig, weights: Weights, layer: int, x: Vectors, signals: list[dict[str, Tensor]]) -> Vectors:
+def _layer(
+    config: NCNConfig,
+    weights: Weights,
+    layer: int,
+    x: Vectors,
+    signals: list[dict[str, Tensor]],
+    given: list[ControlInputs],
+) -> Vectors:
     """Equation (5)."""
+    x = _shifted(config, weights, 2 * layer, x, given)
     own = {name.removeprefix(f"layers.{layer}."): weight for name, weight in weights.items()}
     one = torch.ones((), dtype=torch.float64)
     normed = [_filmed(_rms_norm(h, config) * own["attention_norm.weight"], signals[t], 0) for t, h in enumerate(x)]
     attended = _attention(config, own, normed, signals)
+    gains = [signals[t].get("gain", one).expand(2) for t in range(len(x))]
+    middles = [h + gains[t][0] * attended[t] for t, h in enumerate(x)]  # x' = x + g · Attn(Norm x; β)
     result = []
-    for t, h in enumerate(x):
-        gain = signals[t].get("gain", one)
-        attention_gain, ffn_gain = (gain, gain) if gain.ndim == 0 else (gain[0], gain[1])
-        middle = h + attention_gain * attended[t]  # x' = x + g · Attn(Norm x; β)
+    for t, middle in enumerate(_shifted(config, weights, 2 * layer + 1, middles, given)):
         gate = signals[t].get("ffn_gate", one)
         normed_middle = _filmed(_rms_norm(middle, config) * own["ffn_norm.weight"], signals[t], 1)
         written = _feed_forward(config, own, normed_middle)
-        result.append(middle + ffn_gain * gate * written)  # x'' = x' + g · γ · FFN(Norm x')
+        result.append(middle + gains[t][1] * gate * written)  # x'' = x' + g · γ · FFN(Norm x')
     return result
 
 
@@ -260,9 +268,19 @@ def _controller(
 def _slider_embedding(config: NCNConfig, weights: Weights, begins: bool, given: ControlInputs) -> Tensor:
     """What sliders add to an embedding where they do not enter the controller: to every one, or a document's first."""
     enter = config.controller.sliders_enter if config.controller else "controller"
-    if given.sliders is None or enter == "controller" or (enter == "prefix" and not begins):
+    if given.sliders is None or enter in ("controller", "layers") or (enter == "prefix" and not begins):
         return torch.zeros(config.d_model, dtype=torch.float64)
     return weights["slider_embedding.weight"] @ _known_values(given.sliders)
+
+
+def _shifted(config: NCNConfig, weights: Weights, place: int, x: Vectors, given: list[ControlInputs]) -> Vectors:
+    """What sliders add to the residual stream where they enter the layers: at each place a direction of its own."""
+    if config.controller is None or config.controller.sliders_enter != "layers":
+        return x
+    directions = weights["slider_directions.weight"][place]
+    return [
+        h if at.sliders is None else h + directions @ _known_values(at.sliders) for h, at in zip(x, given, strict=True)
+    ]
 
 
 def _known_values(sliders: Tensor) -> Tensor:

@@ -136,7 +136,8 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = torch.float32)
 
 
 def load_start(model: ModulatedTransformer, start: str | Path, tokenizer_sha256: str) -> None:
-    """Give `model` the weights of the trained model `start`, as `load` finds it, to train on from there.
+    """Give `model` the weights of the trained model `start`, as `load` finds it, to train on from there. Inputs from
+    outside that the trained model has not got keep the weights that they have.
 
     Raises `UserError` where it is another model, or knows the text by other tokens than those of the tokenizer with the
     fingerprint `tokenizer_sha256`.
@@ -147,12 +148,24 @@ def load_start(model: ModulatedTransformer, start: str | Path, tokenizer_sha256:
     trained = load_model(folder)
     old, new = (flat(config.model_dump(mode="json")) for config in (trained.config, model.config))
     for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
+        if old.get(name) != new.get(name) and not _adds_inputs(name, trained.config):
             raise UserError(
                 f"the weights of {start} are of another model: {name} is {old.get(name)!r} there and "
                 f"{new.get(name)!r} here; leave the model's settings as they are there"
             )
-    model.load_state_dict(trained.state_dict())
+    model.load_state_dict({**model.state_dict(), **trained.state_dict()})
+
+
+def _adds_inputs(setting: str, trained: NCNConfig) -> bool:
+    """Whether another value of `setting` only gives the trained model inputs from outside of a kind that it lacks."""
+    controller = trained.controller
+    if controller is None:
+        return False
+    return (
+        (setting in ("controller.sliders", "controller.sliders_enter") and not controller.sliders)
+        or (setting == "controller.tasks" and not controller.tasks)
+        or (setting == "controller.instructions" and not controller.instructions)
+    )
 
 
 def weights_fingerprint(name_or_path: str | Path) -> str:

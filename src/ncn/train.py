@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ncn.compiling import compiled
 from ncn.config import Recipe, TrainConfig
+from ncn.control_inputs import input_parameters
 from ncn.data import TokenDataset
 from ncn.devices import arithmetic, find_device
 from ncn.document_inputs import DocumentInputs
@@ -318,12 +319,25 @@ def begin(
     identity = identify(dataset, valid_set, start)
     if start:
         load_start(model, start, dataset.manifest.tokenizer_sha256)
+    if recipe.train.only_inputs:
+        hold_still_but_inputs(model, start)
     if resume and (Path(out) / "config.json").exists():
         run = RunFolder.open(out)
         run.check_unchanged(recipe, identity)
     else:
         run = RunFolder.create(out, recipe, describe_environment(device, autocast=str(autocast), **identity))
     return Training(recipe, run, dataset, valid_set, model, device, autocast, given, valid_given)
+
+
+def hold_still_but_inputs(model: ModulatedTransformer, start: str | Path | None) -> None:
+    """Let training change nothing but what inputs from outside enter by."""
+    inputs = input_parameters(model)
+    if not start or not inputs:
+        missing = "inputs, such as controller.sliders=[length]" if start else "--start MODEL"
+        raise UserError(f"train.only_inputs gives a trained model inputs from outside: it needs {missing}")
+    model.requires_grad_(False)
+    for parameter in inputs.values():
+        parameter.requires_grad_(True)
 
 
 def _build(recipe: Recipe, device: torch.device) -> ModulatedTransformer:

@@ -8,7 +8,12 @@ from typing import Any
 
 from ncn.page import origin, table, write_page
 
-_ENTER = {"controller": "the controller", "prefix": "a prefix token", "embedding": "all input embeddings"}
+_ENTER = {
+    "controller": "the controller",
+    "layers": "the layers",
+    "prefix": "a prefix token",
+    "embedding": "all input embeddings",
+}
 
 
 def write_steering(results: Mapping[str, Any], folder: Path) -> list[Path]:
