@@ -152,10 +152,12 @@ class ControllerNetwork(nn.Module):
     ) -> tuple[Raw, Context]:
         """See `SignalSource`. A network that does not pool takes the `context` of one that did."""
         device = "cpu" if hidden.is_meta else hidden.device.type
-        arguments = hidden.to(self.read.weight.dtype), segments, cache, control, context
+        # Exponentials and long sums do not survive bfloat16, and the controller is too small to gain from it: on CPU
+        # a product of so few numbers even takes longer in it.
+        exact = torch.float64 if self.read.weight.dtype == torch.float64 else torch.float32
+        arguments = hidden.to(exact), segments, cache, control, context
         if not torch.is_autocast_enabled(device):
             return self._forward(*arguments)
-        # Exponentials and long sums do not survive bfloat16, and the controller is too small to gain from it.
         with torch.autocast(device, enabled=False):
             return self._forward(*arguments)
 
@@ -167,7 +169,7 @@ class ControllerNetwork(nn.Module):
         control: ControlInputs | None,
         context: Context | None,
     ) -> tuple[Raw, Context]:
-        read = normed_linear(hidden, self.read.weight, self.eps)
+        read = normed_linear(hidden, self.read.weight.to(hidden.dtype), self.eps)
         scores, values, phasic = torch.split(read, self.columns, dim=-1)
         held = None if cache is None else cache.last(self.name, max(self.kernel - 1, 1))
         state = None
@@ -190,7 +192,8 @@ class ControllerNetwork(nn.Module):
             total = total + convolve(phasic, self.phasic_filter, segments, past, past_segments)
         if self.external is not None and control is not None and (given := self.external(control)) is not None:
             total = total + given.to(total.dtype)
-        raw: Tensor = self.output(torch.tanh(self.expand(self.input_norm(total.to(hidden.dtype)))))
+        inner = torch.tanh(_linear(self.input_norm(total), self.expand))
+        raw = _linear(inner, self.output)
         if self.external is not None and control is not None:
             straight = self.external.straight_to_signals(control)
             raw = raw if straight is None else raw + straight
@@ -202,6 +205,11 @@ class ControllerNetwork(nn.Module):
             return None
         log_weight, mean, _ = torch.split(held[:, -1:], self.columns, dim=-1)
         return SalienceState(log_weight, torch.unflatten(mean, -1, (self.pools, -1)), cache.last("segments", 1))
+
+
+def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """The layer's map in the precision of x, whatever that of its weights."""
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 class LocalGates(SignalSource):
