@@ -26,9 +26,10 @@ from ncn.model import ModulatedTransformer
 from ncn.prepare import prepare
 from ncn.reference import reference
 from ncn.runs import RunFolder
+from ncn.stopping import Interrupted
 from ncn.train import train
 from ncn.types import ControlInputs
-from tiny import MODEL, recipe
+from tiny import MODEL, assert_same_run, at_step, interrupt, recipe
 
 NAN = math.nan
 
@@ -389,7 +390,9 @@ def test_training_uses_them_and_continues_bit_for_bit(data: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("enter", ["controller", "layers", "prefix"])
-def test_sliders_that_are_learned_last_leave_the_model_as_it_was(enter: str, data: Path, tmp_path: Path) -> None:
+def test_sliders_that_are_learned_last_leave_the_model_as_it_was(
+    enter: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options: dict[str, Any] = {"valid": data / "data", "progress": False}
     train(recipe(), data / "data", tmp_path / "plain", **options)
     last = recipe(
@@ -407,6 +410,12 @@ def test_sliders_that_are_learned_last_leave_the_model_as_it_was(enter: str, dat
     assert not torch.equal(model(ids, control=ControlInputs(torch.ones(1, 1, 1))).logits, plain(ids).logits)
     losses = [RunFolder.open(tmp_path / name).summary()["validation_loss"] for name in ("plain", "last")]
     assert losses[0] == losses[1]
+
+    at_step(monkeypatch, {9: interrupt})
+    with pytest.raises(Interrupted):
+        train(last, data / "data", tmp_path / "parts", start=tmp_path / "plain", **options)
+    train(last, data / "data", tmp_path / "parts", start=tmp_path / "plain", resume=True, **options)
+    assert_same_run(tmp_path / "last", tmp_path / "parts")
 
     for wrong, start, words in [
         (last, None, "it needs --start MODEL"),
