@@ -221,6 +221,16 @@ def test_a_compiled_step_writes_the_same(tmp_path: Path, cross_documents: bool, 
 
 
 def test_no_compiler_is_said_at_once(model: ModulatedTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler -x")
-    with pytest.raises(UserError, match="needs a C\\+\\+ compiler, and no-such-compiler -x was not found"):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler, and 'no-such-compiler' was not found"):
+        tokens(model, compile=True)
+
+
+def test_what_torch_cannot_compile_is_one_line(model: ModulatedTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("no header\nand a long story")
+
+    monkeypatch.setenv("CXX", sys.executable)  # something that is there
+    monkeypatch.setattr("ncn.compiling.torch.compile", lambda *_, **__: fails)
+    with pytest.raises(UserError, match=r"torch could not compile the model \(no header\); do not compile"):
         tokens(model, compile=True)

@@ -419,7 +419,7 @@ def test_sliders_that_are_learned_last_leave_the_model_as_it_was(
 
     for wrong, start, words in [
         (last, None, "it needs --start MODEL"),
-        (recipe(only_inputs=True), tmp_path / "plain", r"it needs inputs, such as controller\.sliders="),
+        (recipe(only_inputs=True), tmp_path / "plain", r"needs inputs to train, such as controller\.sliders="),
         (
             recipe({"controller": {**MODEL["controller"], "sliders": ["length"]}}),
             tmp_path / "last",

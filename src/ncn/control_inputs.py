@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ncn.config import NCNConfig
 from ncn.errors import UserError
+from ncn.linear import exact_dtype, linear_like
 from ncn.types import ControlInputs, Hidden, Sliders
 
 
@@ -83,17 +84,17 @@ class ExternalInputs(nn.Module):
             nn.init.normal_(self.tasks.weight, std=0.5)
 
     def forward(self, given: ControlInputs) -> Float[Tensor, "#batch #tokens width"] | None:
-        """The sum over the inputs that are given, in the precision of the weights; None where nothing is."""
+        """The sum over the inputs that are given; None where nothing is."""
         terms: list[Tensor] = []
         if self.sliders is not None and given.sliders is not None:
-            terms.append(self.sliders(known_values(given.sliders.to(self.sliders.weight.dtype))))
+            terms.append(linear_like(known_values(given.sliders.to(exact_dtype(self.sliders.weight))), self.sliders))
         if self.tasks is not None and given.tasks is not None:
             terms.append(self.tasks(given.tasks.clamp(min=0)) * (given.tasks >= 0).unsqueeze(-1))
         if self.instruction is not None and given.instruction is not None:
             assert isinstance(given.instruction, Tensor), "the model pools instructions that are given in tokens"
-            pooled = given.instruction.to(self.instruction.weight.dtype)
+            pooled = given.instruction.to(exact_dtype(self.instruction.weight))
             normed: Hidden = nn.functional.rms_norm(pooled, pooled.shape[-1:], eps=self.eps)
-            terms.append(self.instruction(normed))
+            terms.append(linear_like(normed, self.instruction))
         if not terms:
             return None
         total = terms[0]
@@ -105,8 +106,7 @@ class ExternalInputs(nn.Module):
         """What the sliders add to the raw signals without a look at the text; None where none are given."""
         if self.straight is None or given.sliders is None:
             return None
-        added: Tensor = self.straight(known_values(given.sliders.to(self.straight.weight.dtype)))
-        return added
+        return linear_like(known_values(given.sliders.to(exact_dtype(self.straight.weight))), self.straight)
 
 
 class SliderEmbedding(nn.Module):
@@ -133,6 +133,18 @@ class SliderEmbedding(nn.Module):
         return embeddings + (added * begins.unsqueeze(-1) if self.prefix else added)
 
 
+Directions = tuple[Float[Tensor, "#batch #tokens numbers"], Float[Tensor, "places width numbers"]]
+"""What sliders add at some places: their known values, and a matrix for each place."""
+
+
+def shifted(x: Hidden, directions: Directions | None, place: int) -> Hidden:
+    """x with what sliders add at a place; None is nothing."""
+    if directions is None:
+        return x
+    known, matrices = directions
+    return x + nn.functional.linear(known, matrices[place])
+
+
 class SliderDirections(nn.Module):
     """Sliders as directions in the residual stream: a linear map of them for every place, the input of each sublayer
     and what the last norm reads, that is added there. It begins at zero."""
@@ -149,10 +161,10 @@ class SliderDirections(nn.Module):
             return None
         return cls(config.d_model, 2 * config.num_layers + 1, len(controller.sliders))
 
-    def forward(self, sliders: Sliders) -> tuple[Hidden, ...]:
-        """What is added at each place, (batch, tokens or 1, width)."""
-        added = nn.functional.linear(known_values(sliders.to(self.weight.dtype)), self.weight.flatten(0, 1))
-        return torch.unflatten(added, -1, (len(self.weight), -1)).unbind(-2)
+    def forward(self, sliders: Sliders) -> Directions:
+        """The sliders as numbers and the matrices that take them to what is added at each place. The products are left
+        to the places: all at once they would be as large as the activations of all layers."""
+        return known_values(sliders.to(self.weight.dtype)), self.weight
 
 
 def known_values(sliders: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from ncn.cache import Cache
 from ncn.config import NCNConfig
 from ncn.control_inputs import ExternalInputs
-from ncn.linear import Linear
+from ncn.linear import Linear, exact_dtype, linear_like
 from ncn.norm import RMSNorm, normed_linear
 from ncn.phasic import convolve
 from ncn.salience import SalienceState, pool
@@ -154,8 +154,7 @@ class ControllerNetwork(nn.Module):
         device = "cpu" if hidden.is_meta else hidden.device.type
         # Exponentials and long sums do not survive bfloat16, and the controller is too small to gain from it: on CPU
         # a product of so few numbers even takes longer in it.
-        exact = torch.float64 if self.read.weight.dtype == torch.float64 else torch.float32
-        arguments = hidden.to(exact), segments, cache, control, context
+        arguments = hidden.to(exact_dtype(self.read.weight)), segments, cache, control, context
         if not torch.is_autocast_enabled(device):
             return self._forward(*arguments)
         with torch.autocast(device, enabled=False):
@@ -192,8 +191,7 @@ class ControllerNetwork(nn.Module):
             total = total + convolve(phasic, self.phasic_filter, segments, past, past_segments)
         if self.external is not None and control is not None and (given := self.external(control)) is not None:
             total = total + given.to(total.dtype)
-        inner = torch.tanh(_linear(self.input_norm(total), self.expand))
-        raw = _linear(inner, self.output)
+        raw = linear_like(torch.tanh(linear_like(self.input_norm(total), self.expand)), self.output)
         if self.external is not None and control is not None:
             straight = self.external.straight_to_signals(control)
             raw = raw if straight is None else raw + straight
@@ -205,11 +203,6 @@ class ControllerNetwork(nn.Module):
             return None
         log_weight, mean, _ = torch.split(held[:, -1:], self.columns, dim=-1)
         return SalienceState(log_weight, torch.unflatten(mean, -1, (self.pools, -1)), cache.last("segments", 1))
-
-
-def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    """The layer's map in the precision of x, whatever that of its weights."""
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 class LocalGates(SignalSource):
@@ -237,8 +230,8 @@ class LocalGates(SignalSource):
         assert isinstance(readout, nn.Linear)
         # in float32, like the controller that it is compared with
         with torch.autocast("cpu" if hidden.is_meta else hidden.device.type, enabled=False):
-            normed = F.rms_norm(hidden, hidden.shape[-1:], eps=self.eps)
-            raw: Tensor = readout(normed.to(readout.weight.dtype))
+            normed = F.rms_norm(hidden.to(exact_dtype(readout.weight)), hidden.shape[-1:], eps=self.eps)
+            raw = linear_like(normed, readout)
         return raw.unsqueeze(2), None
 
     def reset_parameters(self) -> None:

@@ -61,12 +61,12 @@ def controller_parameters(config: NCNConfig) -> int:
 
 
 def parameter_groups(model: ModulatedTransformer) -> dict[str, int]:
-    """Parameters by part of the model; the parts add up to the whole."""
+    """Parameters by part of the model; the parts add up to the whole. What sliders enter by is the controller's."""
     groups = dict.fromkeys(("embedding", "attention", "feed-forward", "norms", "output head", "controller"), 0)
     for name, parameter in model.named_parameters():
         part = (
             "controller"
-            if name.startswith("controller.")
+            if name.startswith(("controller.", "slider_"))
             else "norms"
             if "norm" in name
             else "attention"
@@ -93,6 +93,8 @@ def _flops(model: ModulatedTransformer) -> dict[str, int]:
                 else "output head"
             )  # fmt: skip
             flops[part] += 2 * module.weight.numel()
+    sliders = (model.slider_embedding, model.slider_directions)
+    flops["controller"] += sum(2 * module.weight.numel() for module in sliders if module is not None)
     config = model.config
     if config.tie_embeddings:
         flops["output head"] += 2 * config.vocab_size * config.d_model

@@ -13,7 +13,7 @@ from ncn.cache import Cache
 from ncn.compiling import compiled
 from ncn.errors import UserError
 from ncn.given import EMPTY_INSTRUCTION, instruction_ids
-from ncn.model import ModulatedTransformer
+from ncn.model import ModelOutput, ModulatedTransformer
 from ncn.tokenizer import Tokenizer
 from ncn.types import ControlInputs, Instructions
 
@@ -46,8 +46,9 @@ def generate_tokens(
     the model with them: logits are unset + guidance · (set - unset).
 
     `compile` compiles the step of one token, which takes up to a minute at the first text that a process writes with
-    the model. From then on a step takes a third to two thirds of the time, because most of what it does is too little
-    work for an operation of its own.
+    the model, and with each other kind of inputs from outside. From then on a step takes a third to two thirds of the
+    time, because most of what it does is too little work for an operation of its own. Numbers may differ in their last
+    bits from those of the step as it is. torch compiles eight kinds of step in one process; others run as they are.
     """
     _check_sampling(max_tokens, temperature, top_k, top_p)
     setting = _Setting(model, sliders or {}, task, instruction, guidance, max_tokens)
@@ -65,17 +66,14 @@ def generate_tokens(
         generator.seed()
     else:
         generator.manual_seed(seed)
-    # A compiled step is made for caches of one size, and for one token: the prompt is read by the step as it is.
     longest = model.config.context_length
     cache = Cache(capacity=longest if compile else min(len(prompt) + max_tokens, longest))
-    step = compiled(model.forward, dynamic=True) if compile else model
+    step = _Step(model, compile)
     tokens = torch.tensor([prompt], device=device)
     for number in range(min(max_tokens, room)):
         rows = tokens.expand(setting.rows, -1)
         logits = setting.guided(
-            (step if number else model)(
-                rows, cache=cache, last_only=True, control=setting.inputs(number, device)
-            ).logits[:, -1]
+            step(rows, cache=cache, last_only=True, control=setting.inputs(number, device)).logits[:, -1]
         )
         chosen = _choose(logits, temperature, top_k, top_p, generator)
         token = int(chosen)
@@ -83,6 +81,24 @@ def generate_tokens(
             return
         yield token
         tokens = chosen.view(1, 1)
+
+
+class _Step:
+    """The model's forward pass, compiled if asked for where one compiled step serves all: for a single token after
+    more than the controller's convolution reaches back to, in a cache of one size."""
+
+    def __init__(self, model: ModulatedTransformer, compile: bool) -> None:
+        if compile and type(model) is not ModulatedTransformer:
+            raise UserError("a controller on a base writes as it is; leave out compile")
+        self.model = model
+        self.compiled = compiled(model.forward, dynamic=True) if compile else None
+        self.shortest = max(2, model.config.controller.phasic_kernel if model.config.controller else 0)
+
+    def __call__(self, tokens: Tensor, *, cache: Cache, **options: Any) -> ModelOutput:
+        if self.compiled is None or tokens.shape[1] > 1 or cache.length < self.shortest:
+            result: ModelOutput = self.model(tokens, cache=cache, **options)
+            return result
+        return self.compiled(tokens, cache=cache, **options)
 
 
 class _Setting:

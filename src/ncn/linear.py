@@ -48,6 +48,16 @@ def layer_matrices(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def exact_dtype(weight: Tensor) -> torch.dtype:
+    """Float32, or float64 for a weight of that."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def linear_like(x: Tensor, layer: nn.Linear) -> Tensor:
+    """The layer's map in the precision of x, whatever that of its weights."""
+    return F.linear(x, layer.weight.to(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x Wᵀ + b over the last axis, as `torch.nn.functional.linear`."""
     rows, columns = weight.shape

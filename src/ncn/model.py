@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ncn.cache import Cache
 from ncn.config import NCNConfig
-from ncn.control_inputs import SliderDirections, SliderEmbedding, check_inputs, mean_embedding
+from ncn.control_inputs import Directions, SliderDirections, SliderEmbedding, check_inputs, mean_embedding, shifted
 from ncn.controller import SignalSource, signal_source
 from ncn.errors import UserError
 from ncn.linear import Linear, linear
@@ -216,9 +216,9 @@ class ModulatedTransformer(nn.Module):
             x = x + self.position_embedding(positions)
         rotation = None if config.positions == "learned" else rotary_tables(positions, config, x.dtype)
 
-        shifts: tuple[Tensor, ...] = ()
+        directions: Directions | None = None
         if self.slider_directions is not None and control is not None and control.sliders is not None:
-            shifts = self.slider_directions(control.sliders)
+            directions = self.slider_directions(control.sliders)
 
         collected: dict[str, list[Tensor]] = {}
         served: list[Factors] = []
@@ -236,11 +236,10 @@ class ModulatedTransformer(nn.Module):
                     collected.setdefault(name, []).append(signal)
                 served, first = layer_factors(signals, dtype=None if torch.is_grad_enabled() else x.dtype), index
             factors = served[index - first] if served else UNMODULATED
-            arguments = (x, factors, rotation, mask, cache, shifts[2 * index : 2 * index + 2])
+            arguments = (x, factors, rotation, mask, cache, directions)
             recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
             x = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
-        if shifts:
-            x = x + shifts[-1]
+        x = shifted(x, directions, -1)
         if cache is not None:
             cache.advance(tokens)
         return self.norm(x), {
@@ -266,6 +265,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: NCNConfig, index: int) -> None:
         super().__init__()
+        self.index = index
         self.attention_norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = Attention(config, index)
         self.ffn_norm = RMSNorm(config.d_model, eps=config.norm_eps)
@@ -278,16 +278,13 @@ class Layer(nn.Module):
         rotation: tuple[Tensor, Tensor] | None,
         mask: AttentionMask | None,
         cache: Cache | None,
-        shifts: tuple[Tensor, ...] = (),
+        directions: Directions | None = None,
     ) -> Hidden:
-        """`shifts` is empty, or what sliders add before each of the two sublayers."""
-        if shifts:
-            x = x + shifts[0]
+        x = shifted(x, directions, 2 * self.index)
         normed = scale_groups(self.attention_norm(x), factors.attention_norm)
         attended = self.attention(normed, factors.query, factors.head, rotation, mask, cache)
         x = add_scaled(x, attended, factors.attention)
-        if shifts:
-            x = x + shifts[1]
+        x = shifted(x, directions, 2 * self.index + 1)
         return add_scaled(x, self.ffn(scale_groups(self.ffn_norm(x), factors.ffn_norm)), factors.ffn)
 
 

@@ -317,10 +317,13 @@ def begin(
     if valid_set:
         check_same_tokenizer(dataset, valid_set)
     identity = identify(dataset, valid_set, start)
+    if recipe.train.only_inputs and (recipe.base or not start):
+        why = "leave it out on a base, which is held still anyway" if recipe.base else "it needs --start MODEL"
+        raise UserError(f"train.only_inputs is for a model that is trained already: {why}")
     if start:
         load_start(model, start, dataset.manifest.tokenizer_sha256)
     if recipe.train.only_inputs:
-        hold_still_but_inputs(model, start)
+        hold_still_but_inputs(model)
     if resume and (Path(out) / "config.json").exists():
         run = RunFolder.open(out)
         run.check_unchanged(recipe, identity)
@@ -329,12 +332,11 @@ def begin(
     return Training(recipe, run, dataset, valid_set, model, device, autocast, given, valid_given)
 
 
-def hold_still_but_inputs(model: ModulatedTransformer, start: str | Path | None) -> None:
-    """Let training change nothing but what inputs from outside enter by."""
+def hold_still_but_inputs(model: ModulatedTransformer) -> None:
+    """Let training change nothing but what inputs from outside enter by. Raises `UserError` if there are none."""
     inputs = input_parameters(model)
-    if not start or not inputs:
-        missing = "inputs, such as controller.sliders=[length]" if start else "--start MODEL"
-        raise UserError(f"train.only_inputs gives a trained model inputs from outside: it needs {missing}")
+    if not inputs:
+        raise UserError("train.only_inputs needs inputs to train, such as controller.sliders=[length]")
     model.requires_grad_(False)
     for parameter in inputs.values():
         parameter.requires_grad_(True)
