@@ -13,16 +13,8 @@ from ncn.linear import FEW_ROWS, Linear, linear
 @pytest.fixture(params=[True, False])
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the processor is one that reads in blocks; a test that asks for it runs as on either."""
-    monkeypatch.setattr(module, "READS_IN_BLOCKS", request.param)
+    monkeypatch.setattr(module, "MADE_BY_AMD", request.param)
     return bool(request.param)
-
-
-@pytest.mark.parametrize(
-    ("described", "expected"), [("vendor_id\t: AuthenticAMD\n", True), ("vendor_id\t: GenuineIntel\n", False)]
-)
-def test_the_processor_decides(described: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.Path, "read_text", lambda _: described)
-    assert module._made_by_amd() == expected
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (FEW_ROWS, 1), (1, FEW_ROWS), (2, 5)])

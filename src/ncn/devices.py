@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import torch
 
 from ncn.errors import UserError
+
+
+def _made_by_amd() -> bool:
+    try:
+        described = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        described = platform.processor()
+    return "AuthenticAMD" in described
+
+
+MADE_BY_AMD = _made_by_amd()
+"""Whether the processor is one of AMD's. Where two ways of calculating differ in speed, this decides and not a
+stopwatch, so that the same machine always gives the same numbers."""
 
 
 def arithmetic(precision: str, device: torch.device) -> torch.dtype | None:
@@ -15,11 +31,10 @@ def arithmetic(precision: str, device: torch.device) -> torch.dtype | None:
         return torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
-    fast = (
-        getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-        or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    )
-    return torch.bfloat16 if fast else None
+    matrices = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    # Of Intel's, a processor that has these instructions and no AMX takes a third longer in bfloat16 than in float32.
+    vectors = MADE_BY_AMD and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if matrices or vectors else None
 
 
 def find_device(name: str) -> torch.device:

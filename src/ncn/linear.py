@@ -7,29 +7,15 @@ and such a batch at half of that.
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ncn.devices import MADE_BY_AMD
+
 FEW_ROWS = 3
 _SMALL = 3 << 14
 """Numbers of a matrix that is in the processor's cache soon enough either way."""
-
-
-def _made_by_amd() -> bool:
-    try:
-        described = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        described = platform.processor()
-    return "AuthenticAMD" in described
-
-
-READS_IN_BLOCKS = _made_by_amd()
-"""Whether few rows are multiplied block by block. The processor decides and not a stopwatch, so that the same machine
-always gives the same numbers."""
 
 
 class Linear(nn.Linear):
@@ -69,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.dtype != torch.float32
         or not weight.is_cpu
         or torch.is_autocast_enabled("cpu")
-        or not READS_IN_BLOCKS
+        or not MADE_BY_AMD
         or (blocks := _blocks(rows)) == 1
     ):
         return F.linear(x, weight, bias)

@@ -168,7 +168,7 @@ def generate(
     ] = None,
     guidance: Annotated[float, typer.Option(help="Above 1, exaggerate what sliders, task and instruction do.")] = 1.0,
     compile_step: Annotated[
-        bool, typer.Option("--compile", help="Compile a token's step: up to a minute, then two or three times as fast.")
+        bool, typer.Option("--compile", help="Compile a token's step: up to a minute, then about twice as fast.")
     ] = False,
 ) -> None:
     """Continue a prompt, streaming. MODEL is a run folder, a saved folder, a bundled model or a hub name."""
