@@ -26,6 +26,16 @@ def input_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def hold_still_but_inputs(model: nn.Module) -> None:
+    """Let training change nothing but what inputs from outside enter by. Raises `UserError` if there are none."""
+    inputs = input_parameters(model)
+    if not inputs:
+        raise UserError("train.only_inputs needs inputs to train, such as controller.sliders=[length]")
+    model.requires_grad_(False)
+    for parameter in inputs.values():
+        parameter.requires_grad_(True)
+
+
 def check_inputs(given: ControlInputs, config: NCNConfig) -> None:
     """Raises `UserError` for inputs that the model does not have."""
     controller = config.controller

@@ -28,6 +28,7 @@ from ncn.linear import Linear, linear
 from ncn.loss import capped, chunked_cross_entropy, token_losses
 from ncn.modulation import UNMODULATED, Factors, add_scaled, layer_factors, scale, scale_groups
 from ncn.norm import RMSNorm
+from ncn.rotary import rotary_tables, rotate
 from ncn.segments import attention_mask_of, find_segments, positions_in_segment
 from ncn.signals import SignalLayout, homeostatic_loss
 from ncn.types import AttentionMask, ControlInputs, Hidden, Instructions, Logits, Signal, TokenIds
@@ -365,26 +366,6 @@ class FeedForward(nn.Module):
             inner = F.gelu(self.up(x))
         down: Tensor = self.down(inner)
         return down
-
-
-def rotary_tables(positions: Tensor, config: NCNConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines of the rotary angles, each (batch or 1, tokens, heads, head_dim).
-
-    They are spelt out for every head and both halves of it: a product of equal shapes is one long loop.
-    """
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=exact) / config.head_dim
-    angles = positions[..., None].to(exact) * config.rope_theta**-exponents
-    cosine, sine = angles.cos(), angles.sin()
-    tables = torch.cat((cosine, cosine), -1), torch.cat((-sine, sine), -1)
-    first, second = (table[:, :, None].repeat(1, 1, config.num_heads, 1).to(dtype) for table in tables)
-    return first, second
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (i, i + head_dim/2) of the last axis by the angles of `rotary_tables`."""
-    cosine, sine = (table[:, :, : x.shape[2]].to(x.dtype) for table in rotation)
-    return torch.addcmul(x * cosine, x.roll(x.shape[-1] // 2, -1), sine)
 
 
 def freeze(name: str, signal: Tensor, frozen: Frozen, first: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ncn.compiling import compiled
 from ncn.config import Recipe, TrainConfig
-from ncn.control_inputs import input_parameters
+from ncn.control_inputs import hold_still_but_inputs
 from ncn.data import TokenDataset
 from ncn.devices import arithmetic, find_device
 from ncn.document_inputs import DocumentInputs
@@ -330,16 +330,6 @@ def begin(
     else:
         run = RunFolder.create(out, recipe, describe_environment(device, autocast=str(autocast), **identity))
     return Training(recipe, run, dataset, valid_set, model, device, autocast, given, valid_given)
-
-
-def hold_still_but_inputs(model: ModulatedTransformer) -> None:
-    """Let training change nothing but what inputs from outside enter by. Raises `UserError` if there are none."""
-    inputs = input_parameters(model)
-    if not inputs:
-        raise UserError("train.only_inputs needs inputs to train, such as controller.sliders=[length]")
-    model.requires_grad_(False)
-    for parameter in inputs.values():
-        parameter.requires_grad_(True)
 
 
 def _build(recipe: Recipe, device: torch.device) -> ModulatedTransformer:
