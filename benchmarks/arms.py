@@ -1,4 +1,5 @@
-"""What is compared: the model, its static twin, and transformers' GPT-2 of the same shape."""
+"""What is compared: the model, its static twin of equal parameter count, the model less its controller, and
+transformers' GPT-2 of the same shape."""
 
 from __future__ import annotations
 
@@ -10,17 +11,25 @@ from torch import Tensor, nn
 from benchmarks.measure import DEVICE
 from ncn import ModulatedTransformer, NCNConfig
 from ncn.config import Recipe
+from ncn.experiments.arms import widened_baseline
 from ncn.memory import keep_freed_memory
 from ncn.signals import homeostatic_loss
 
 CLIP = 1.0
 
+OURS: dict[str, Callable[[NCNConfig], NCNConfig]] = {
+    "ncn": lambda config: config,
+    "static twin": widened_baseline,
+    "no controller": lambda config: config.override(controller=None),
+}
+"""The configuration of each arm of ours, from that of the preset. What the static twin lacks in a controller it has in
+the width of its feed-forward blocks."""
+
 
 def our_model(preset: str, arm: str) -> ModulatedTransformer:
-    """`arm` is "ncn" or "static twin"; signals are moved off neutral, so that no product is by one."""
+    """`arm` is one of `OURS`; signals are moved off neutral, so that no product is by one."""
     torch.manual_seed(0)
-    config = NCNConfig.preset(preset)
-    model = ModulatedTransformer(config if arm == "ncn" else config.override(controller=None))
+    model = ModulatedTransformer(OURS[arm](NCNConfig.preset(preset)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("controller."):

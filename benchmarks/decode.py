@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.arms import gpt2, our_model
+from benchmarks.arms import OURS, gpt2, our_model
 from benchmarks.measure import DEVICE, PRECISIONS, interleaved, memory_bandwidth, ratio
 from ncn import ModulatedTransformer
 from ncn.generate import generate_tokens
@@ -28,7 +28,7 @@ def measure(precision: str, rounds: int, compiled: bool = False) -> dict[str, An
     """
     dtype = PRECISIONS[precision]
     prompt = torch.randint(1000, (PROMPT,)).tolist()
-    ours = {name: our_model(PRESET, name).to(dtype).eval() for name in ("static twin", "ncn")}
+    ours = {name: our_model(PRESET, name).to(dtype).eval() for name in OURS}
     arms = {name: _ours(model, prompt, compiled) for name, model in ours.items()}
     arms["gpt2"] = _theirs(gpt2(PRESET).to(dtype).eval(), prompt)
     if compiled:
@@ -45,7 +45,8 @@ def measure(precision: str, rounds: int, compiled: bool = False) -> dict[str, An
         "new_tokens": NEW,
         "rounds": rounds,
         "tokens_per_second": {name: NEW / statistics.median(taken) for name, taken in times.items()},
-        "controller_overhead": ratio(times, "ncn", "static twin"),
+        "time_against_static_twin": ratio(times, "ncn", "static twin"),
+        "time_against_no_controller": ratio(times, "ncn", "no controller"),
         "speed_against_gpt2": ratio(times, "gpt2", "ncn"),
         "speed_against_gpt2_compiled": ratio(times, "gpt2 compiled", "ncn") if compiled else None,
         "limit_tokens_per_second": 1 / limit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -38,13 +39,15 @@ def interleaved(arms: dict[str, Callable[[], object]], rounds: int, warmup: int 
 
 
 def ratio(times: dict[str, list[float]], arm: str, against: str) -> dict[str, float]:
-    """Time of `arm` in units of the time of `against`, round by round: median, lowest and highest; and of the best
-    rounds of both, which other work on the machine disturbs least."""
+    """Time of `arm` in units of the time of `against`, round by round: the median, with a 95 % interval from rounds
+    drawn again; and of the best rounds of both, which other work on the machine disturbs least."""
     ratios = [one / other for one, other in zip(times[arm], times[against], strict=True)]
+    generator = random.Random(0)
+    medians = sorted(statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(2000))
     return {
         "median": statistics.median(ratios),
-        "low": min(ratios),
-        "high": max(ratios),
+        "low": medians[49],
+        "high": medians[-50],
         "best": min(times[arm]) / min(times[against]),
     }
 

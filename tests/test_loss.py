@@ -42,6 +42,17 @@ def test_capped_logits() -> None:
     torch.testing.assert_close(each.sum(), loss.detach())
 
 
+def test_shares() -> None:
+    hidden, weight, targets = inputs()
+    shares = torch.rand(POSITIONS, dtype=torch.float64) * 3
+    each = F.cross_entropy(hidden @ weight.T, targets, ignore_index=-100, reduction="none")
+    expected = (each * shares).sum()
+    loss = chunked_cross_entropy(hidden, weight, targets, 5, shares=shares)
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    got, wanted = (torch.autograd.grad(total, (hidden, weight)) for total in (loss, expected))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("asked", ["hidden", "weight"])
 def test_one_gradient_alone(asked: str) -> None:
     hidden, weight, targets = inputs()

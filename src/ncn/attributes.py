@@ -167,8 +167,8 @@ class DocumentSliders:
                 )
         if content["data"] != dataset.fingerprint:
             raise UserError(f"the attributes in {dataset.folder} are of other data: prepare it with --attributes again")
-        ranks = load_file(dataset.folder / VALUES)["ranks"]
-        self.ranks = ranks[:, [known.index(name) for name in names]]
+        self.all_names, self.all_ranks = known, load_file(dataset.folder / VALUES)["ranks"]
+        self.ranks = self.all_ranks[:, [known.index(name) for name in names]]
         self.starts = dataset.document_starts()
 
 

@@ -239,6 +239,11 @@ class TrainConfig(_Config):
     single_input_dropout: float = Field(
         0.03, ge=0, le=1, description="share of inputs left out of the other windows, one by one"
     )
+    balance_sliders: bool = Field(
+        False,
+        description="weigh documents such that sliders are uncorrelated with each other and with all other attributes "
+        "of the data, in windows that are given them: what a slider is not named after, it then moves less",
+    )
     only_inputs: bool = Field(
         False,
         description="train only what sliders, tasks and instructions enter by, on a trained model (--start), which "

@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from ncn.attributes import DocumentSliders
+from ncn.balance import balancing_weights
 from ncn.config import ControllerConfig
 from ncn.data import TokenDataset
 from ncn.instructions import DocumentInstructions
@@ -16,23 +19,32 @@ from ncn.types import ControlInputs, Instructions
 class DocumentInputs:
     """The sliders, the task and the instruction of each token of a dataset: those of the document that it is in."""
 
-    def __init__(self, dataset: TokenDataset, controller: ControllerConfig) -> None:
-        """Raises `UserError` where the dataset lacks one of the controller's sliders, has no tasks or other ones, or no
-        instructions."""
+    def __init__(self, dataset: TokenDataset, controller: ControllerConfig, balanced: bool = False) -> None:
+        """`balanced`: documents have weights under which sliders tell nothing about other attributes.
+
+        Raises `UserError` where the dataset lacks one of the controller's sliders, has no tasks or other ones, or no
+        instructions, and where there are no such weights."""
         self.dataset, self.starts = dataset, dataset.document_starts()
-        self.sliders = DocumentSliders(dataset, controller.sliders).ranks if controller.sliders else None
+        known = DocumentSliders(dataset, controller.sliders) if controller.sliders else None
+        self.sliders = known.ranks if known else None
+        self.weights: npt.NDArray[np.float32] | None = None
+        if balanced and known:
+            found = balancing_weights(known.all_ranks.astype(np.float64), controller.sliders, known.all_names)
+            self.weights = found.astype(np.float32)
         self.tasks = dataset.document_tasks(controller.tasks) if controller.tasks else None
         self.instructions = DocumentInstructions(dataset) if controller.instructions else None
 
     @classmethod
-    def of(cls, dataset: TokenDataset, controller: ControllerConfig | None) -> DocumentInputs | None:
+    def of(
+        cls, dataset: TokenDataset, controller: ControllerConfig | None, balanced: bool = False
+    ) -> DocumentInputs | None:
         """None for a controller that is given nothing from outside, and for none."""
         given = controller and (controller.sliders or controller.tasks or controller.instructions)
-        return cls(dataset, controller) if controller and given else None
+        return cls(dataset, controller, balanced) if controller and given else None
 
     def at(self, places: npt.NDArray[np.int64]) -> ControlInputs:
         """For the tokens at `places` of the stream, (batch, tokens); beyond its end it begins anew."""
-        documents = np.searchsorted(self.starts, places % self.dataset.tokens, side="right") - 1
+        documents = self._documents(places)
         return ControlInputs(
             sliders=None if self.sliders is None else torch.from_numpy(self.sliders[documents]),
             tasks=None if self.tasks is None else torch.from_numpy(self.tasks[documents]),
@@ -47,8 +59,7 @@ class DocumentInputs:
         With probability `dropout` a window has nothing set, and else with probability `single_dropout` each slider, the
         task and the instruction are left out of it.
         """
-        starts = self.dataset.batch_starts(seed, step, batch_size, context)
-        given = self.at(starts[:, None] + np.arange(context))
+        given = self.at(self._places(seed, step, batch_size, context))
         sliders = 0 if self.sliders is None else self.sliders.shape[1]
         drawn = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, step, 1])))
         whole = drawn.random((batch_size, 1, 1)) < dropout
@@ -64,3 +75,20 @@ class DocumentInputs:
             tasks=None if given.tasks is None else given.tasks.masked_fill(dropped[..., -1], -1),
             instruction=instruction,
         )
+
+    def shares(
+        self, seed: int, step: int, batch_size: int, context: int, given: ControlInputs
+    ) -> Float[Tensor, "batch tokens"] | None:
+        """How many times each target of a batch counts that is `given` this: where a slider is set as many times as
+        its document weighs, elsewhere once. None where sliders are not balanced."""
+        if self.weights is None or given.sliders is None:
+            return None
+        weights = torch.from_numpy(self.weights[self._documents(self._places(seed, step, batch_size, context))])
+        return weights.masked_fill(given.sliders.isnan().all(-1), 1)
+
+    def _places(self, seed: int, step: int, batch_size: int, context: int) -> npt.NDArray[np.int64]:
+        return self.dataset.batch_starts(seed, step, batch_size, context)[:, None] + np.arange(context)
+
+    def _documents(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The numbers of the documents that the tokens at `places` are in."""
+        return np.searchsorted(self.starts, places % self.dataset.tokens, side="right") - 1

@@ -19,21 +19,30 @@ def chunked_cross_entropy(
     targets: Int[Tensor, " positions"],
     chunk: int = 512,
     cap: float | None = None,
+    shares: Float[Tensor, " positions"] | None = None,
 ) -> Float[Tensor, ""]:
     """Sum over the positions that have a target of −log softmax(hidden · weightᵀ)[target], in nats; with a `cap`,
-    of logits that level off there.
+    of logits that level off there; with `shares`, of each position that many times.
 
     The gradients of a chunk are formed while its logits are at hand, so that nothing is computed twice and the peak is
     one chunk's logits: `chunk` × vocabulary numbers, in autocast's precision where that is on. What is summed or
     exponentiated is so in float32 or better.
     """
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, cap)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, cap, shares)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, cap: float | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        cap: float | None,
+        shares: Tensor | None,
+    ) -> Tensor:
         device = hidden.device.type
         exact = hidden.dtype if hidden.dtype == torch.float64 else torch.float32
         product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -50,6 +59,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + chunk)
                 state, target = states[part], targets[part]
                 kept = (target != IGNORED)[:, None]
+                if shares is not None:
+                    kept = kept * shares[part, None].to(product)
                 label = target.clamp(min=0)[:, None]
                 logits = capped(torch.mm(state, matrix.T, out=buffer[: len(state)]), cap)
                 slope = None if cap is None else 1 - (logits / cap).square()
@@ -72,12 +83,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         (scale,) = grad_outputs
         return (
             None if hidden_grad is None else hidden_grad * scale,
             None if weight_grad is None else weight_grad * scale,
+            None,
             None,
             None,
             None,

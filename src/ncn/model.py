@@ -132,13 +132,16 @@ class ModulatedTransformer(nn.Module):
         frozen: Frozen | None = None,
         chunk: int = 512,
         control: ControlInputs | None = None,
+        shares: Float[Tensor, "batch tokens"] | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Signal]]:
-        """Cross-entropy summed over the targets that are not -100, in nats, and the signals; never holds all logits."""
+        """Cross-entropy summed over the targets that are not -100, each as many times as its share if there are
+        `shares`, in nats, and the signals; never holds all logits."""
         hidden, signals = self.hidden_states(
             self.embed(input_ids), input_ids, frozen=frozen, control=self.pooled(control)
         )
+        weighed = None if shares is None else shares.flatten()
         return chunked_cross_entropy(
-            hidden.flatten(0, 1), self.output_weight, targets.flatten(), chunk, self.logit_cap
+            hidden.flatten(0, 1), self.output_weight, targets.flatten(), chunk, self.logit_cap, weighed
         ), signals
 
     @torch.no_grad()

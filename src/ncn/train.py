@@ -88,12 +88,17 @@ class Training:
         loss_sum = homeostatic_sum = 0.0
         signals: dict[str, Tensor] = {}
         size = -(-self.config.batch_size // self.config.accumulation)
-        for inputs, targets, control in zip(
-            torch.split(batch.inputs, size), torch.split(batch.targets, size), self._control_parts(size), strict=True
-        ):
+        control, shares = self._given()
+        for first in range(0, self.config.batch_size, size):
+            rows = slice(first, first + size)
+            inputs, targets = batch.inputs[rows].to(self.device), batch.targets[rows].to(self.device)
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 nats, signals = self.loss(
-                    inputs.to(self.device), targets.to(self.device), chunk=self.config.loss_chunk, control=control
+                    inputs,
+                    targets,
+                    chunk=self.config.loss_chunk,
+                    control=None if control is None else control.of_rows(rows),
+                    shares=None if shares is None else shares[rows],
                 )
                 objective = nats / count
                 share = len(inputs) / self.config.batch_size
@@ -118,20 +123,15 @@ class Training:
         self.sums.steps += 1
         return signals
 
-    def _control_parts(self, size: int) -> list[ControlInputs | None]:
-        """The inputs from outside of this step's micro-batches of `size` rows; None for a model that has none."""
+    def _given(self) -> tuple[ControlInputs | None, Tensor | None]:
+        """What this step's batch is given from outside, and how many times each of its targets counts."""
         config = self.config
         if self.given is None:
-            return [None] * (-(-config.batch_size // size))
-        given = self.given.batch(
-            config.seed,
-            self.step,
-            config.batch_size,
-            self.context,
-            config.input_dropout,
-            config.single_input_dropout,
-        )
-        return [*given.to(self.device).split(size)]
+            return None, None
+        batch = config.seed, self.step, config.batch_size, self.context
+        control = self.given.batch(*batch, config.input_dropout, config.single_input_dropout)
+        shares = self.given.shares(*batch, control)
+        return control.to(self.device), None if shares is None else shares.to(self.device)
 
     def not_a_number(self, what: str) -> Diverged:
         kept = f"the last good checkpoint stays in {self.run.path / 'checkpoints'}; " if self.run.checkpoints() else ""
@@ -302,7 +302,9 @@ def begin(
     valid_set = TokenDataset.open(valid) if valid else None
     recipe = fit_to_data(recipe, dataset)
     controller = recipe.model.controller
-    given = DocumentInputs.of(dataset, controller)
+    if recipe.train.balance_sliders and not (controller and controller.sliders):
+        raise UserError("train.balance_sliders needs sliders to balance, such as controller.sliders=[length]")
+    given = DocumentInputs.of(dataset, controller, recipe.train.balance_sliders)
     tasks_alone = controller and controller.override(sliders=(), instructions=False)
     valid_given = DocumentInputs.of(valid_set, tasks_alone) if valid_set and valid_set.tasks else None
     context = recipe.train.context or recipe.model.context_length

@@ -15,7 +15,7 @@ pools       heads of the salience pooling; values: width of what one of them poo
 from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, device, split
+from torch import Tensor, device
 
 TokenIds = Int[Tensor, "batch tokens"]
 Segments = Int[Tensor, "batch tokens"]
@@ -44,9 +44,9 @@ class Instructions(NamedTuple):
         """The same on another device."""
         return Instructions(self.ids.to(place), self.which.to(place))
 
-    def split(self, rows: int) -> "list[Instructions]":
-        """Those of parts of the batch, so many rows each."""
-        return [Instructions(self.ids, part) for part in split(self.which, rows)]
+    def of_rows(self, rows: slice) -> "Instructions":
+        """Those of a part of the batch."""
+        return Instructions(self.ids, self.which[rows])
 
 
 class ControlInputs(NamedTuple):
@@ -66,7 +66,13 @@ class ControlInputs(NamedTuple):
             **{name: None if value is None else value.to(place) for name, value in self._asdict().items()}
         )
 
-    def split(self, rows: int) -> "list[ControlInputs]":
-        """The same in parts of so many rows each; every input that is given has one row for each sequence."""
-        given = {name: value.split(rows) for name, value in self._asdict().items() if value is not None}
-        return [ControlInputs(**dict(zip(given, parts, strict=True))) for parts in zip(*given.values(), strict=True)]
+    def of_rows(self, rows: slice) -> "ControlInputs":
+        """The same for a part of the batch; every input that is given has one row for each sequence."""
+        instruction = self.instruction
+        if instruction is not None:
+            instruction = instruction.of_rows(rows) if isinstance(instruction, Instructions) else instruction[rows]
+        return ControlInputs(
+            None if self.sliders is None else self.sliders[rows],
+            None if self.tasks is None else self.tasks[rows],
+            instruction,
+        )
