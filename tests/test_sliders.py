@@ -116,22 +116,31 @@ def test_before_training_they_change_nothing_and_get_a_gradient_later() -> None:
         assert (weight.grad.abs().sum(0) > 0).all()
 
 
-def test_directions_in_the_layers_begin_at_nothing_and_all_learn() -> None:
+@pytest.mark.parametrize("rank", [0, 3])
+def test_adapters_in_the_layers_begin_at_nothing_and_all_learn(rank: int) -> None:
     torch.manual_seed(0)
     plain = ModulatedTransformer(config())
     torch.manual_seed(0)
-    model = ModulatedTransformer(config(SMALL_CONTROLLER | {"sliders": ["calm"], "sliders_enter": "layers"}))
-    assert set(model.state_dict()) - set(plain.state_dict()) == {"slider_directions.weight"}
-    given = ControlInputs(torch.full((1, 1, 1), 0.9))
+    settings = SMALL_CONTROLLER | {"sliders": ["calm"], "sliders_enter": "layers", "slider_rank": rank}
+    model = ModulatedTransformer(config(settings))
+    added = dict(model.slider_adapters.named_parameters())
+    assert set(added) == {"direction", "read", "turn", "write"} if rank else {"direction"}
+    assert set(model.state_dict()) - set(plain.state_dict()) == {f"slider_adapters.{name}" for name in added}
+    given, unset = (ControlInputs(torch.full((1, 1, 1), value)) for value in (0.9, NAN))
     assert torch.equal(model(text(9), control=given).logits, plain(text(9)).logits)
+    with torch.no_grad():
+        for parameter in added.values():
+            parameter.add_(torch.randn_like(parameter))
+    assert not torch.allclose(model(text(9), control=given).logits, plain(text(9)).logits)
+    assert torch.equal(model(text(9), control=unset).logits, plain(text(9)).logits)
     model.checkpointing = True  # a layer that is computed twice is given them twice
     model(text(9), control=given).logits.square().sum().backward()
-    assert model.slider_directions.weight.grad.abs().sum((1, 2)).gt(0).all()
-    kept = model.slider_directions.weight.grad
+    kept = {name: parameter.grad for name, parameter in added.items()}
+    assert all(grad.abs().flatten(1).sum(1).gt(0).all() for grad in kept.values())
     model.zero_grad()
     model.checkpointing = False
     model(text(9), control=given).logits.square().sum().backward()
-    assert torch.equal(model.slider_directions.weight.grad, kept)
+    assert all(torch.equal(parameter.grad, kept[name]) for name, parameter in added.items())
 
 
 def test_a_slider_acts_on_its_row_and_from_its_token_on() -> None:

@@ -83,9 +83,14 @@ class ControllerConfig(_Config):
     )
     sliders_enter: Literal["controller", "layers", "prefix", "embedding"] = Field(
         "controller",
-        description="where sliders enter: the controller; the input of every sublayer, each with directions of its own "
-        "(layers); or, to compare with, the embedding of the token that begins a document (a prefix token), or the "
-        "embeddings of all tokens",
+        description="where sliders enter: the controller; the input of every sublayer, through adapters (layers); or, "
+        "to compare with, the embedding of the token that begins a document (a prefix token), or the embeddings of all "
+        "tokens",
+    )
+    slider_rank: int = Field(
+        32,
+        ge=0,
+        description="units of each adapter through which sliders enter the layers, beside a direction for each slider",
     )
     tasks: tuple[str, ...] = Field((), description="names of tasks, each an embedding of its own in the controller")
     instructions: bool = Field(False, description="whether the controller reads an instruction in words")

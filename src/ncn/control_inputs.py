@@ -5,6 +5,8 @@ All of them enter without a bias, so that what is unset adds exactly nothing.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from ncn.types import ControlInputs, Hidden, Sliders
 
 def input_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that inputs from outside enter by, by name."""
-    places = (ExternalInputs, SliderEmbedding, SliderDirections)
+    places = (ExternalInputs, SliderEmbedding, SliderAdapters)
     return {
         f"{prefix}.{name}": parameter
         for prefix, module in model.named_modules()
@@ -143,38 +145,73 @@ class SliderEmbedding(nn.Module):
         return embeddings + (added * begins.unsqueeze(-1) if self.prefix else added)
 
 
-Directions = tuple[Float[Tensor, "#batch #tokens numbers"], Float[Tensor, "places width numbers"]]
-"""What sliders add at some places: their known values, and a matrix for each place."""
+class SliderAdapters(nn.Module):
+    """Sliders in the layers. At every place, the input of each sublayer and what the last norm reads, they add
 
+        W s + U (φ(V x̂ + C s) − φ(V x̂))
 
-def shifted(x: Hidden, directions: Directions | None, place: int) -> Hidden:
-    """x with what sliders add at a place; None is nothing."""
-    if directions is None:
-        return x
-    known, matrices = directions
-    return x + nn.functional.linear(known, matrices[place])
+    to the residual stream x. s are the sliders' known values, x̂ is x normalised, φ is GELU. W gives each slider a
+    direction of its own; U, V and C are an adapter of `rank` units (Houlsby et al., Parameter-efficient transfer
+    learning for NLP, 2019), of which only that remains which the sliders change in it. So what is unset adds exactly
+    nothing; and as W and U begin at zero, so does what is set.
+    """
 
-
-class SliderDirections(nn.Module):
-    """Sliders as directions in the residual stream: a linear map of them for every place, the input of each sublayer
-    and what the last norm reads, that is added there. It begins at zero."""
-
-    def __init__(self, d_model: int, places: int, count: int) -> None:
+    def __init__(self, d_model: int, places: int, count: int, rank: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(places, d_model, 2 * count))
+        self.eps = eps
+        self.direction = nn.Parameter(torch.empty(places, d_model, 2 * count))
+        self.read = nn.Parameter(torch.empty(places, rank, d_model)) if rank else None
+        self.turn = nn.Parameter(torch.empty(places, rank, 2 * count)) if rank else None
+        self.write = nn.Parameter(torch.empty(places, d_model, rank)) if rank else None
 
     @classmethod
-    def of(cls, config: NCNConfig) -> SliderDirections | None:
+    def of(cls, config: NCNConfig) -> SliderAdapters | None:
         """Those that the configuration asks for; None where sliders enter elsewhere, or there are none."""
         controller = config.controller
         if controller is None or not controller.sliders or controller.sliders_enter != "layers":
             return None
-        return cls(config.d_model, 2 * config.num_layers + 1, len(controller.sliders))
+        places = 2 * config.num_layers + 1
+        return cls(config.d_model, places, len(controller.sliders), controller.slider_rank, config.norm_eps)
 
-    def forward(self, sliders: Sliders) -> Directions:
-        """The sliders as numbers and the matrices that take them to what is added at each place. The products are left
-        to the places: all at once they would be as large as the activations of all layers."""
-        return known_values(sliders.to(self.weight.dtype)), self.weight
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.direction)
+        if self.read is not None and self.turn is not None and self.write is not None:
+            nn.init.normal_(self.read, std=self.read.shape[-1] ** -0.5)
+            nn.init.normal_(self.turn, std=self.turn.shape[-1] ** -0.5)
+            nn.init.zeros_(self.write)
+
+    def forward(self, sliders: Sliders) -> Adapters:
+        """What the places need. The products are left to them: all at once they would be as large as the activations
+        of all layers."""
+        return Adapters(known_values(sliders.to(self.direction.dtype)), *self.parameters_by_place, self.eps)
+
+    @property
+    def parameters_by_place(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return self.direction, self.read, self.turn, self.write
+
+
+class Adapters(NamedTuple):
+    """Known values of sliders, and the parameters of `SliderAdapters` for all places."""
+
+    known: Float[Tensor, "#batch #tokens numbers"]
+    direction: Float[Tensor, "places width numbers"]
+    read: Float[Tensor, "places rank width"] | None
+    turn: Float[Tensor, "places rank numbers"] | None
+    write: Float[Tensor, "places width rank"] | None
+    eps: float
+
+
+def adapted(x: Hidden, adapters: Adapters | None, place: int) -> Hidden:
+    """x with what sliders add at a place; None is nothing."""
+    if adapters is None:
+        return x
+    known, direction, read, turn, write, eps = adapters
+    linear, gelu = nn.functional.linear, nn.functional.gelu
+    added = linear(known, direction[place])
+    if read is not None and turn is not None and write is not None:
+        units = linear(nn.functional.rms_norm(x, x.shape[-1:], eps=eps), read[place])
+        added = added + linear(gelu(units + linear(known, turn[place])) - gelu(units), write[place])
+    return x + added
 
 
 def known_values(sliders: Tensor) -> Tensor:

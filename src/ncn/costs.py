@@ -93,8 +93,8 @@ def _flops(model: ModulatedTransformer) -> dict[str, int]:
                 else "output head"
             )  # fmt: skip
             flops[part] += 2 * module.weight.numel()
-    sliders = (model.slider_embedding, model.slider_directions)
-    flops["controller"] += sum(2 * module.weight.numel() for module in sliders if module is not None)
+    sliders = (model.slider_embedding, model.slider_adapters)
+    flops["controller"] += sum(2 * p.numel() for module in sliders if module is not None for p in module.parameters())
     config = model.config
     if config.tie_embeddings:
         flops["output head"] += 2 * config.vocab_size * config.d_model

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ncn.cache import Cache
 from ncn.config import NCNConfig
-from ncn.control_inputs import Directions, SliderDirections, SliderEmbedding, check_inputs, mean_embedding, shifted
+from ncn.control_inputs import Adapters, SliderAdapters, SliderEmbedding, adapted, check_inputs, mean_embedding
 from ncn.controller import SignalSource, signal_source
 from ncn.errors import UserError
 from ncn.linear import Linear, linear
@@ -65,7 +65,7 @@ class ModulatedTransformer(nn.Module):
             self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
             self.controller: SignalSource | None = signal_source(config)
             self.slider_embedding = SliderEmbedding.of(config)
-            self.slider_directions = SliderDirections.of(config)
+            self.slider_adapters = SliderAdapters.of(config)
         self.checkpointing = False
         """Whether the backward pass recomputes each layer instead of keeping what it computed: slower, far smaller."""
         self.layout = SignalLayout.of(config) if config.controller else None
@@ -83,11 +83,9 @@ class ModulatedTransformer(nn.Module):
         std, config = self.config.init_std, self.config
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         for name, parameter in self.named_parameters():
-            if name.startswith("controller."):
+            if name.startswith(("controller.", "slider_adapters.")):
                 continue
-            if name.startswith("slider_directions."):
-                nn.init.zeros_(parameter)
-            elif parameter.ndim < 2:
+            if parameter.ndim < 2:
                 nn.init.ones_(parameter)  # the weights of the norms: the backbone has no biases
             elif not parameter.is_meta:
                 # what writes into the residual stream is scaled down by the number of writers, as in GPT-2
@@ -97,6 +95,8 @@ class ModulatedTransformer(nn.Module):
                 parameter.copy_(drawn * (std / (2 * config.num_layers) ** 0.5 if writes else std))
         if self.controller is not None:
             self.controller.reset_parameters()
+        if self.slider_adapters is not None:
+            self.slider_adapters.reset_parameters()
 
     def forward(
         self,
@@ -220,9 +220,9 @@ class ModulatedTransformer(nn.Module):
             x = x + self.position_embedding(positions)
         rotation = None if config.positions == "learned" else rotary_tables(positions, config, x.dtype)
 
-        directions: Directions | None = None
-        if self.slider_directions is not None and control is not None and control.sliders is not None:
-            directions = self.slider_directions(control.sliders)
+        adapters: Adapters | None = None
+        if self.slider_adapters is not None and control is not None and control.sliders is not None:
+            adapters = self.slider_adapters(control.sliders)
 
         collected: dict[str, list[Tensor]] = {}
         served: list[Factors] = []
@@ -240,10 +240,10 @@ class ModulatedTransformer(nn.Module):
                     collected.setdefault(name, []).append(signal)
                 served, first = layer_factors(signals, dtype=None if torch.is_grad_enabled() else x.dtype), index
             factors = served[index - first] if served else UNMODULATED
-            arguments = (x, factors, rotation, mask, cache, directions)
+            arguments = (x, factors, rotation, mask, cache, adapters)
             recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
             x = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)
-        x = shifted(x, directions, -1)
+        x = adapted(x, adapters, -1)
         if cache is not None:
             cache.advance(tokens)
         return self.norm(x), {
@@ -282,13 +282,13 @@ class Layer(nn.Module):
         rotation: tuple[Tensor, Tensor] | None,
         mask: AttentionMask | None,
         cache: Cache | None,
-        directions: Directions | None = None,
+        adapters: Adapters | None = None,
     ) -> Hidden:
-        x = shifted(x, directions, 2 * self.index)
+        x = adapted(x, adapters, 2 * self.index)
         normed = scale_groups(self.attention_norm(x), factors.attention_norm)
         attended = self.attention(normed, factors.query, factors.head, rotation, mask, cache)
         x = add_scaled(x, attended, factors.attention)
-        x = shifted(x, directions, 2 * self.index + 1)
+        x = adapted(x, adapters, 2 * self.index + 1)
         return add_scaled(x, self.ffn(scale_groups(self.ffn_norm(x), factors.ffn_norm)), factors.ffn)
 
 

@@ -101,7 +101,7 @@ def _document(
         signals = [_split(config, raw[layer][t]) if raw else {} for t in range(len(ids))]
         x = _layer(config, weights, layer, x, signals, given)
         sent.append(signals)
-    x = _shifted(config, weights, 2 * config.num_layers, x, given)
+    x = _adapted(config, weights, 2 * config.num_layers, x, given)
     return [_rms_norm(h, config) * weights["norm.weight"] for h in x], sent
 
 
@@ -114,7 +114,7 @@ def _layer(
     given: list[ControlInputs],
 ) -> Vectors:
     """Equation (5)."""
-    x = _shifted(config, weights, 2 * layer, x, given)
+    x = _adapted(config, weights, 2 * layer, x, given)
     own = {name.removeprefix(f"layers.{layer}."): weight for name, weight in weights.items()}
     one = torch.ones((), dtype=torch.float64)
     normed = [_filmed(_rms_norm(h, config) * own["attention_norm.weight"], signals[t], 0) for t, h in enumerate(x)]
@@ -122,7 +122,7 @@ def _layer(
     gains = [signals[t].get("gain", one).expand(2) for t in range(len(x))]
     middles = [h + gains[t][0] * attended[t] for t, h in enumerate(x)]  # x' = x + g · Attn(Norm x; β)
     result = []
-    for t, middle in enumerate(_shifted(config, weights, 2 * layer + 1, middles, given)):
+    for t, middle in enumerate(_adapted(config, weights, 2 * layer + 1, middles, given)):
         gate = signals[t].get("ffn_gate", one)
         normed_middle = _filmed(_rms_norm(middle, config) * own["ffn_norm.weight"], signals[t], 1)
         written = _feed_forward(config, own, normed_middle)
@@ -186,7 +186,7 @@ def _feed_forward(config: NCNConfig, own: Weights, x: Tensor) -> Tensor:
         gate, value = inner[: config.ffn_width], inner[config.ffn_width :]
         inner = gate / (1 + torch.exp(-gate)) * value
     else:
-        inner = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
+        inner = _gelu(inner)
     return own["ffn.down.weight"] @ inner
 
 
@@ -273,14 +273,27 @@ def _slider_embedding(config: NCNConfig, weights: Weights, begins: bool, given: 
     return weights["slider_embedding.weight"] @ _known_values(given.sliders)
 
 
-def _shifted(config: NCNConfig, weights: Weights, place: int, x: Vectors, given: list[ControlInputs]) -> Vectors:
-    """What sliders add to the residual stream where they enter the layers: at each place a direction of its own."""
+def _adapted(config: NCNConfig, weights: Weights, place: int, x: Vectors, given: list[ControlInputs]) -> Vectors:
+    """What sliders add to the residual stream where they enter the layers: W s + U (φ(V x̂ + C s) − φ(V x̂))."""
     if config.controller is None or config.controller.sliders_enter != "layers":
         return x
-    directions = weights["slider_directions.weight"][place]
-    return [
-        h if at.sliders is None else h + directions @ _known_values(at.sliders) for h, at in zip(x, given, strict=True)
-    ]
+    result = []
+    for h, at in zip(x, given, strict=True):
+        if at.sliders is not None:
+            s = _known_values(at.sliders)
+            h_hat = _rms_norm(h, config)
+            added = weights["slider_adapters.direction"][place] @ s
+            for unit in range(config.controller.slider_rank):
+                read = weights["slider_adapters.read"][place, unit] @ h_hat
+                turned = read + weights["slider_adapters.turn"][place, unit] @ s
+                added = added + weights["slider_adapters.write"][place, :, unit] * (_gelu(turned) - _gelu(read))
+            h = h + added
+        result.append(h)
+    return result
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
 
 def _known_values(sliders: Tensor) -> Tensor:
