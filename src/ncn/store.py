@@ -156,13 +156,16 @@ def load_start(model: ModulatedTransformer, start: str | Path, tokenizer_sha256:
     model.load_state_dict({**model.state_dict(), **trained.state_dict()})
 
 
+_OF_SLIDERS = ("controller.sliders", "controller.sliders_enter", "controller.slider_rank")
+
+
 def _adds_inputs(setting: str, trained: NCNConfig) -> bool:
     """Whether another value of `setting` only gives the trained model inputs from outside of a kind that it lacks."""
     controller = trained.controller
     if controller is None:
         return False
     return (
-        (setting in ("controller.sliders", "controller.sliders_enter") and not controller.sliders)
+        (setting in _OF_SLIDERS and not controller.sliders)
         or (setting == "controller.tasks" and not controller.tasks)
         or (setting == "controller.instructions" and not controller.instructions)
     )
