@@ -110,7 +110,7 @@ def test_adapters_in_the_layers_begin_at_nothing_and_all_learn(rank: int) -> Non
     settings = SMALL_CONTROLLER | {"sliders": ["calm"], "sliders_enter": "layers", "slider_rank": rank}
     model = ModulatedTransformer(config(settings))
     added = dict(model.slider_adapters.named_parameters())
-    assert set(added) == {"direction", "read", "turn", "write"} if rank else {"direction"}
+    assert set(added) == {"direction", "read", "turn", "write"}
     assert set(model.state_dict()) - set(plain.state_dict()) == {f"slider_adapters.{name}" for name in added}
     given, unset = (ControlInputs(torch.full((1, 1, 1), value)) for value in (0.9, NAN))
     assert torch.equal(model(text(9), control=given).logits, plain(text(9)).logits)
@@ -122,7 +122,7 @@ def test_adapters_in_the_layers_begin_at_nothing_and_all_learn(rank: int) -> Non
     model.checkpointing = True  # a layer that is computed twice is given them twice
     model(text(9), control=given).logits.square().sum().backward()
     kept = {name: parameter.grad for name, parameter in added.items()}
-    assert all(grad.abs().flatten(1).sum(1).gt(0).all() for grad in kept.values())
+    assert all(grad.abs().flatten(1).sum(1).gt(0).all() for grad in kept.values() if grad.numel())
     model.zero_grad()
     model.checkpointing = False
     model(text(9), control=given).logits.square().sum().backward()

@@ -160,9 +160,9 @@ class SliderAdapters(nn.Module):
         super().__init__()
         self.eps = eps
         self.direction = nn.Parameter(torch.empty(places, d_model, 2 * count))
-        self.read = nn.Parameter(torch.empty(places, rank, d_model)) if rank else None
-        self.turn = nn.Parameter(torch.empty(places, rank, 2 * count)) if rank else None
-        self.write = nn.Parameter(torch.empty(places, d_model, rank)) if rank else None
+        self.read = nn.Parameter(torch.empty(places, rank, d_model))
+        self.turn = nn.Parameter(torch.empty(places, rank, 2 * count))
+        self.write = nn.Parameter(torch.empty(places, d_model, rank))
 
     @classmethod
     def of(cls, config: NCNConfig) -> SliderAdapters | None:
@@ -174,20 +174,16 @@ class SliderAdapters(nn.Module):
         return cls(config.d_model, places, len(controller.sliders), controller.slider_rank, config.norm_eps)
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.direction)
-        if self.read is not None and self.turn is not None and self.write is not None:
-            nn.init.normal_(self.read, std=self.read.shape[-1] ** -0.5)
-            nn.init.normal_(self.turn, std=self.turn.shape[-1] ** -0.5)
-            nn.init.zeros_(self.write)
+        for matrices in (self.direction, self.write):
+            nn.init.zeros_(matrices)
+        for matrices in (self.read, self.turn):
+            nn.init.normal_(matrices, std=matrices.shape[-1] ** -0.5)
 
     def forward(self, sliders: Sliders) -> Adapters:
         """What the places need. The products are left to them: all at once they would be as large as the activations
         of all layers."""
-        return Adapters(known_values(sliders.to(self.direction.dtype)), *self.parameters_by_place, self.eps)
-
-    @property
-    def parameters_by_place(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        return self.direction, self.read, self.turn, self.write
+        known = known_values(sliders.to(self.direction.dtype))
+        return Adapters(known, self.direction, self.read, self.turn, self.write, self.eps)
 
 
 class Adapters(NamedTuple):
@@ -195,9 +191,9 @@ class Adapters(NamedTuple):
 
     known: Float[Tensor, "#batch #tokens numbers"]
     direction: Float[Tensor, "places width numbers"]
-    read: Float[Tensor, "places rank width"] | None
-    turn: Float[Tensor, "places rank numbers"] | None
-    write: Float[Tensor, "places width rank"] | None
+    read: Float[Tensor, "places rank width"]
+    turn: Float[Tensor, "places rank numbers"]
+    write: Float[Tensor, "places width rank"]
     eps: float
 
 
@@ -207,11 +203,9 @@ def adapted(x: Hidden, adapters: Adapters | None, place: int) -> Hidden:
         return x
     known, direction, read, turn, write, eps = adapters
     linear, gelu = nn.functional.linear, nn.functional.gelu
-    added = linear(known, direction[place])
-    if read is not None and turn is not None and write is not None:
-        units = linear(nn.functional.rms_norm(x, x.shape[-1:], eps=eps), read[place])
-        added = added + linear(gelu(units + linear(known, turn[place])) - gelu(units), write[place])
-    return x + added
+    units = linear(nn.functional.rms_norm(x, x.shape[-1:], eps=eps), read[place])
+    changed = gelu(units + linear(known, turn[place])) - gelu(units)
+    return x + linear(known, direction[place]) + linear(changed, write[place])
 
 
 def known_values(sliders: Tensor) -> Tensor:
