@@ -20,6 +20,7 @@ import ncn.experiments.steering.run as steering_run
 from contracts.variants import SMALL_CONTROLLER, awake, config
 from ncn.attributes import DocumentSliders, write_attributes
 from ncn.cli.app import app
+from ncn.decoupling import Decoupling
 from ncn.evaluate import bits_per_byte, evaluate
 from ncn.experiments.steering import steer
 from ncn.experiments.steering.losses import difference, mean_loss, window_losses
@@ -238,6 +239,49 @@ def test_the_other_sliders_can_be_held(data: Path, tmp_path: Path, monkeypatch: 
     assert given[1][:, 0, 0].isnan().all()
     assert (given[2][:, 0, 1] == 0.5).all()
     assert (given[3][:, 0, 0] == 0.5).all()
+
+
+def test_the_other_sliders_can_be_moved_such_that_their_attributes_stay(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, model = ncn.TokenDataset.open(data), small(sliders=["length", "dialogue"])
+    given: list[torch.Tensor] = []
+
+    def recorded(model: Any, prompts: torch.Tensor, sliders: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        given.append(sliders[:, 0])
+        longer, louder = ((sliders[:, 0] @ torch.tensor(mix)).tolist() for mix in ([0.7, 0.3], [0.2, 0.8]))
+        words = [round(5 + 25 * value) for value in longer]
+        quotes = [round(5 * count * 0.4 * value) for count, value in zip(words, louder, strict=True)]
+        texts = ["word " * count + '"' + "x" * size + '"' for count, size in zip(words, quotes, strict=True)]
+        return [opened.tokenizer().encode(text) for text in texts]
+
+    monkeypatch.setattr(steering_run, "write_stories", recorded)
+
+    def measured(folder: str, **options: Any) -> dict[str, Any]:
+        found = steer({"model": model}, opened.tokenizer(), opened, tmp_path / folder, prompts=1, seeds=1, **options)
+        found.save(tmp_path / folder)
+        return found.results
+
+    plain = measured("plain", others=0.5)
+    slopes = {name: plain["models"]["model"]["sliders"][name]["1"]["slope"]["value"] for name in ("length", "dialogue")}
+    assert min(slopes.values()) > 0.1
+    path = tmp_path / "plain" / "steer.json"
+    mixed = measured("mixed", decouple=path)
+    decoupling = Decoupling.read(path)
+    assert mixed["others"] == 0.5
+    assert mixed["mixes"] == {"1": decoupling.mix.tolist()}
+    wanted = np.array([[value, 0.5] for value in SETTINGS])
+    torch.testing.assert_close(given[2].double(), torch.from_numpy(decoupling.settings(wanted)), rtol=0, atol=1e-6)
+    assert given[2][:, 0].tolist() == pytest.approx(SETTINGS)
+    assert len(set(given[2][:, 1].tolist())) > 3
+    page = (tmp_path / "mixed" / "steer.md").read_text()
+    assert "the others moved with it, from the middle, such that their own attributes stay there" in page
+    assert re.search(r"With guidance 1, a slider .*\n\n\| slider \| length \| dialogue \|", page)
+    with pytest.raises(ncn.UserError, match="has the sliders length, dialogue, and the model has length"):
+        steer({"model": small(sliders=["length"])}, opened.tokenizer(), opened, tmp_path, prompts=1, decouple=path)
+    for models, others in (({"one": model, "two": model}, None), ({"one": model}, 0.3)):
+        with pytest.raises(ncn.UserError, match="decoupled sliders are those of one model, with the others around"):
+            steer(models, opened.tokenizer(), opened, tmp_path, prompts=1, decouple=path, others=others)
 
 
 def test_losses_are_those_of_evaluation_and_differences_have_intervals(data: Path) -> None:

@@ -167,18 +167,29 @@ def generate(
         str | None, typer.Option(help="What to write, in words, for a model that was trained with instructions.")
     ] = None,
     guidance: Annotated[float, typer.Option(help="Above 1, exaggerate what sliders, task and instruction do.")] = 1.0,
+    decouple: Annotated[
+        Path | None,
+        typer.Option(
+            help="The steer.json of `ncn steer MODEL --others 0.5`: sliders that are not set move such that what they "
+            "are named after stays in the middle."
+        ),
+    ] = None,
     compile_step: Annotated[
         bool, typer.Option("--compile", help="Compile a token's step: up to a minute, then about twice as fast.")
     ] = False,
 ) -> None:
     """Continue a prompt, streaming. MODEL is a run folder, a saved folder, a bundled model or a hub name."""
     model_name, prompt = model_and_text(words, "PROMPT")
+    from ncn.decoupling import Decoupling
     from ncn.generate import generate as run
     from ncn.store import load
 
     model, tokenizer = load(model_name)
+    sliders = dict(map(_slider, settings or []))
+    if decouple is not None:
+        sliders = Decoupling.read(decouple, guidance)(sliders)
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    options |= {"sliders": dict(map(_slider, settings or [])), "task": task, "guidance": guidance}
+    options |= {"sliders": sliders, "task": task, "guidance": guidance}
     options |= {"instruction": instruction, "compile": compile_step}
     if max_tokens is not None:
         options["max_tokens"] = max_tokens

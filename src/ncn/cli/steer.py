@@ -43,6 +43,13 @@ def steer(
     others: Annotated[
         float | None, typer.Option(help="What the sliders that are not measured are set to. Default: unset.")
     ] = None,
+    decouple: Annotated[
+        Path | None,
+        typer.Option(
+            help="The steer.json of an earlier measurement with --others 0.5: move the others such that only the "
+            "attribute of the slider changes."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Stories written at once.")] = 300,
     report: Annotated[
         bool, typer.Option(help="Write the page; without it, only measure, and keep what is found.")
@@ -75,6 +82,7 @@ def steer(
         seeds=seeds,
         guidances=guidance or [1.0],
         others=others,
+        decouple=decouple,
         batch_size=batch_size,
         progress=True,
     )

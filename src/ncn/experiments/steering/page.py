@@ -31,6 +31,8 @@ def steering_page(results: Mapping[str, Any]) -> str:
     models = results["models"]
     several, guided = len(models) > 1, len(results["guidances"]) > 1
     others = "unset" if results["others"] is None else f"at {results['others']:g}"
+    if results["mixes"]:
+        others = "moved with it, from the middle, such that their own attributes stay there"
     times = "once" if results["seeds"] == 1 else f"{results['seeds']} times"
     parts = [
         f"{results['prompts']} beginnings of held-out documents ({results['prompt_tokens']} tokens) were continued "
@@ -55,8 +57,9 @@ def steering_page(results: Mapping[str, Any]) -> str:
         "*Leakage* is the correlation of a slider with another attribute, the strongest of them. Attributes go "
         "together in the corpus too: stories with more dialogue have more questions. *Beyond the corpus* is what "
         "remains when the product of the slider's own correlation and the two attributes' correlation in the corpus is "
-        "taken off.",
+        "taken off; of sliders that were learned on balanced documents that says nothing.",
         "![All attributes against each slider](steer.png)",
+        *(_mix(results, guidance) for guidance in results["mixes"] or {}),
         "## What the text is like",
         _text(results),
         _text_note(results),
@@ -135,6 +138,22 @@ def _leakage(results: Mapping[str, Any]) -> str:
 
 
 _KINDS = ("value", "beyond_corpus")
+
+
+def _mix(results: Mapping[str, Any], guidance: str) -> str:
+    names = list(next(iter(results["models"].values()))["sliders"])
+    rows = [
+        [
+            name,
+            *("" if row == column else _signed(results["mixes"][guidance][row][column]) for row in range(len(names))),
+        ]
+        for column, name in enumerate(names)
+    ]
+    return (
+        f"With guidance {guidance}, a slider (a row) that moves from 0 to 1 took the others with it by this much, "
+        "which an earlier measurement said would leave their attributes where they are:\n\n"
+        + table(["slider", *names], rows)
+    )
 
 
 def _text(results: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ncn.attributes import MEASURED, VALUES, DocumentSliders, measure, rank, read_table
 from ncn.data import TokenDataset
+from ncn.decoupling import MIDDLE, Decoupling
 from ncn.errors import UserError
 from ncn.evaluate import bits_per_byte
 from ncn.experiments.steering.losses import difference, mean_loss, window_losses
@@ -82,6 +83,7 @@ class Plan:
     loss_tokens: int
     longest: int
     others: float | None
+    decoupled: Mapping[float, Decoupling] | None
     quantiles: dict[str, Array] = field(init=False)
     counts: Array = field(init=False)
     documents: list[list[int]] = field(init=False)
@@ -140,6 +142,7 @@ def steer(
     guidances: Sequence[float] = (1.0,),
     temperature: float = 0.8,
     others: float | None = None,
+    decouple: str | Path | None = None,
     batch_size: int = 300,
     loss_tokens: int = 250_000,
     progress: bool = False,
@@ -158,6 +161,8 @@ def steer(
         guidances: each makes stories of its own.
         temperature: of sampling; all tokens may be drawn.
         others: what the other sliders are set to; by default they are unset.
+        decouple: the `steer.json` of an earlier measurement of the one model: the others are then moved with a slider
+            such that their own attributes stay in the middle (`ncn.decoupling`).
         batch_size: stories written at once.
         loss_tokens: held-out tokens for the losses.
 
@@ -171,10 +176,16 @@ def steer(
         raise UserError("a guidance must be above 0; 1 is the model as it is")
     if others is not None and not 0 <= others <= 1:
         raise UserError(f"the other sliders cannot be set to {others}: a slider lies from 0 to 1")
+    if decouple is not None and (len(models) > 1 or others not in (None, MIDDLE)):
+        raise UserError("decoupled sliders are those of one model, with the others around the middle: measure it alone")
+    mixes = None if decouple is None else {guidance: Decoupling.read(decouple, guidance) for guidance in guidances}
+    for mix in (mixes or {}).values():
+        if mix.names != names:
+            raise UserError(f"{decouple} has the sliders {', '.join(mix.names)}, and the model has {', '.join(names)}")
     longest = min(model.config.context_length for model in models.values())
     plan = Plan(
         data, tokenizer, names, prompts, seeds, temperature, judge, Path(folder) / "measured", batch_size, loss_tokens,
-        longest, others,
+        longest, others if mixes is None else MIDDLE, mixes,
     )  # fmt: skip
     plain = dict(without or {})
     _check_vocabularies({**models, **plain}, tokenizer)
@@ -187,7 +198,8 @@ def steer(
         tokens = 0
         for done, (seed, label, index, guidance) in enumerate(units):
             path = plan.folder / f"{label}.{names[index]}.{guidance:g}.{seed}.safetensors"
-            identity = plan.identity(models[label], slider=names[index], guidance=guidance, seed=seed)
+            mixed = {} if mixes is None else {"mix": mixes[guidance].mix.tolist()}
+            identity = plan.identity(models[label], slider=names[index], guidance=guidance, seed=seed, **mixed)
             kept = _kept(path, identity)
             if kept is None:
                 parts = _Answer(plan, models[label], index, guidance, seed)
@@ -217,6 +229,8 @@ class _Answer:
         prompts = torch.arange(plan.prompts).repeat(len(SETTINGS))
         sliders = torch.full((plan.stories, 1, len(plan.sliders)), math.nan if plan.others is None else plan.others)
         sliders[:, 0, self.index] = torch.tensor(SETTINGS)[settings]
+        if plan.decoupled is not None:
+            sliders = torch.from_numpy(plan.decoupled[self.guidance].settings(sliders.double().numpy())).float()
         beginnings = plan.beginnings
         stories: list[list[int]] = []
         for first in range(0, plan.stories, plan.batch_size):
@@ -327,12 +341,13 @@ def _results(
                 described["first_minus_this"] = {"value": value - described["spearman"]["value"], **interval(draws)}
             found[label]["sliders"].setdefault(name, {})[f"{guidance:g}"] = described
     return {
-        "format": 2,
+        "format": 3,
         "settings": list(SETTINGS),
         "prompts": plan.prompts,
         "prompt_tokens": PROMPT_TOKENS,
         "seeds": plan.seeds,
         "others": plan.others,
+        "mixes": plan.decoupled and {f"{key:g}": mix.mix.tolist() for key, mix in plan.decoupled.items()},
         "temperature": plan.temperature,
         "guidances": [f"{guidance:g}" for guidance in guidances],
         "longest": plan.longest,
