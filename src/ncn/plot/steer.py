@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ncn.plot.style import FAINT, INK, LINES, RULE, write
 
 _DASHES = ("-", "--", ":", "-.")
+_COLUMNS = 4
 
 
 def draw_steering(results: Mapping[str, Any], path: str | Path) -> None:
@@ -32,7 +33,7 @@ def draw_steering(results: Mapping[str, Any], path: str | Path) -> None:
                     linewidth=2.2 if own else 1.0, marker="o" if own else None, markersize=3.5,
                 )  # fmt: skip
             axes.set_ylim(0, 1)
-        panels[row][0].set_ylabel(f"{label}\nmean rank of the stories", fontsize=8.5)
+        _label(panels[row], f"{label}\nmean rank of the stories")
     _finish(figure, panels, sliders)
     write(figure, path)
 
@@ -55,9 +56,9 @@ def draw_comparison(results: Mapping[str, Any], path: str | Path) -> None:
                 for row, numbers in enumerate(values):
                     panels[row][column].plot(results["settings"], numbers, linewidth=1.4, markersize=2.5, **style)
         panels[0][column].set_ylim(0, 1)
-    panels[0][0].set_ylabel("its own attribute,\nmean rank of the stories", fontsize=8.5)
+    _label(panels[0], "its own attribute,\nmean rank of the stories")
     if real is not None:
-        panels[1][0].set_ylabel("bits per byte\nunder the judge", fontsize=8.5)
+        _label(panels[1], "bits per byte\nunder the judge")
     _finish(figure, panels, sliders)
     write(figure, path)
 
@@ -66,12 +67,24 @@ def _sliders(results: Mapping[str, Any]) -> list[str]:
     return list(next(iter(results["models"].values()))["sliders"])
 
 
-def _panels(rows: int, columns: int, height: float) -> tuple[Figure, list[list[Axes]]]:
-    figure = Figure(
-        figsize=(2.6 * columns + 2.2, height * rows + 0.6), dpi=160, facecolor="white", layout="constrained"
-    )
+def _panels(rows: int, count: int, height: float) -> tuple[Figure, list[list[Axes]]]:
+    """For each of the `rows`, the panels of all sliders: side by side, the rows under each other, and where there are
+    many sliders the rest of them again below."""
+    columns = min(count, _COLUMNS)
+    blocks = -(-count // columns)
+    size = (2.6 * columns + 2.2, height * rows * blocks + 0.6)
+    figure = Figure(figsize=size, dpi=160, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, sharex=True, sharey="row", squeeze=False).tolist()
+    grid = figure.subplots(rows * blocks, columns, sharex=True, sharey="row", squeeze=False)
+    panels = [list(itertools.chain.from_iterable(grid[row::rows])) for row in range(rows)]
+    for axes in itertools.chain.from_iterable(row[count:] for row in panels):
+        axes.set_axis_off()
+    return figure, [row[:count] for row in panels]
+
+
+def _label(row: list[Axes], text: str) -> None:
+    for axes in row[::_COLUMNS]:
+        axes.set_ylabel(text, fontsize=8.5)
 
 
 def _finish(figure: Figure, panels: list[list[Axes]], sliders: list[str]) -> None:
@@ -84,6 +97,7 @@ def _finish(figure: Figure, panels: list[list[Axes]], sliders: list[str]) -> Non
         axes.set_title(name.replace("_", " "), fontsize=9.5, fontweight="bold", loc="left")
     for axes in panels[-1]:
         axes.set_xlabel("slider", fontsize=8.5)
+        axes.tick_params(labelbottom=True)
     handles, labels = panels[-1][0].get_legend_handles_labels()
     legend = figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     for text in legend.get_texts():
