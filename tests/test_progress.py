@@ -3,7 +3,7 @@
 import pytest
 
 import ncn.progress
-from ncn.progress import TokensProgress
+from ncn.progress import ProgressReport, TokensProgress
 
 
 def test_a_run_that_goes_on_at_its_checkpoint_does_not_turn_the_rate_negative(
@@ -18,3 +18,19 @@ def test_a_run_that_goes_on_at_its_checkpoint_does_not_turn_the_rate_negative(
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == "runs 0/2  0.30 of 1.00 M tokens  5,000 tokens/s  2.3 min left"
     assert not any("-" in line for line in lines)
+
+
+def test_a_window_beyond_what_was_asked_for_ends_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(ncn.progress.time, "monotonic", lambda: clock[0])
+    bar = ProgressReport("evaluate", 1000, enabled=True)
+    for _ in range(2):
+        clock[0] += 20
+        bar.advance(512)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "evaluate: 51.2%, 19 s left, 0.0 M tokens, 26 tokens/s",
+        "evaluate: 100.0%, 0 s left, 0.0 M tokens, 26 tokens/s",
+    ]

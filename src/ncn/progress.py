@@ -83,6 +83,7 @@ class ProgressReport(_Shown):
         now = time.monotonic()
         if self.first_tokens is None:
             self.first_tokens = tokens
+        done_bytes = min(done_bytes, self.total or done_bytes)  # the last window may read beyond what was asked for
         rate = (tokens - self.first_tokens) / max(now - self.begun, 1e-9)
         facts = f"{tokens / 1e6:.1f} M tokens, {rate:,.0f} tokens/s"
         self.show(done_bytes, facts, f"{self.title}: {self._share(done_bytes, now - self.begun)}{facts}", now)
