@@ -47,6 +47,17 @@ def test_each_slider_moves_its_own_attribute_alone(tmp_path: Path) -> None:
     assert moved[0] > 0.2
 
 
+def test_a_slider_that_makes_good_is_counted_as_steep_as_it_is_around_the_middle(tmp_path: Path) -> None:
+    path = measured(tmp_path)
+    found = json.loads(path.read_text())
+    steep = [0.1, 0.1, 0.3, 0.5, 0.7, 0.9, 0.9]  # 1.2 in the middle, less over all
+    found["models"]["run"]["sliders"]["questions"]["3"]["means"]["questions"] = steep
+    path.write_text(json.dumps(found))
+    slopes = SLOPES.copy()
+    slopes[2, 2] = 1.2
+    np.testing.assert_allclose(Decoupling.read(path, 3.0).mix, Decoupling(NAMES, slopes, 3.0).mix, atol=1e-12)
+
+
 def test_what_is_not_named_rests_and_ends_bound_it(tmp_path: Path) -> None:
     decoupling = Decoupling.read(measured(tmp_path), 3.0)
     assert decoupling({}) == pytest.approx(dict.fromkeys(NAMES, 0.5))

@@ -20,6 +20,7 @@ from ncn.errors import UserError
 MIDDLE = 0.5
 """Where a slider rests that is not named: its attribute is to be as in the middle document."""
 _LEAST_SLOPE = 0.1
+_NEAR = 0.2
 Array = npt.NDArray[np.float64]
 Ends = float | tuple[float, float]
 
@@ -74,10 +75,13 @@ class Decoupling:
             raise UserError(
                 f"{path} was measured with guidance {', '.join(known)}, not {key}: give --guidance {known[0]}"
             )
-        settings = np.array(found["settings"]) - MIDDLE
+        settings = np.array(found["settings"])
         means = np.array([[sliders[slider][key]["means"][attribute] for slider in sliders] for attribute in sliders])
-        mix = None if before is None else np.array(before[key])
-        return cls(list(sliders), means @ settings / (settings @ settings), guidance, mix)
+        # A slider that makes good moves a little around the middle, where its own attribute follows it most steeply;
+        # one that is made good for may go from end to end.
+        slopes = _slopes(settings, means)
+        np.fill_diagonal(slopes, _slopes(settings, means, _NEAR).diagonal())
+        return cls(list(sliders), slopes, guidance, None if before is None else np.array(before[key]))
 
     def settings(self, wanted: Array) -> Array:
         """(…, sliders), both."""
@@ -96,3 +100,11 @@ class Decoupling:
         first, last = (self.settings(column).tolist() for column in ends.T)
         moves = any(isinstance(end, tuple) for end in given)
         return {name: (one, other) if moves else one for name, one, other in zip(self.names, first, last, strict=True)}
+
+
+def _slopes(settings: Array, means: Array, near: float = MIDDLE) -> Array:
+    """The slopes (...) of `means` (..., settings), by least squares over the settings as `near` to the middle."""
+    kept = np.abs(settings - MIDDLE) <= near
+    centred = settings[kept] - MIDDLE
+    slopes: Array = means[..., kept] @ centred / (centred @ centred)
+    return slopes
