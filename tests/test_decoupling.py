@@ -94,13 +94,13 @@ def test_what_transformers_and_generate_are_given_is_the_same_thing(tmp_path: Pa
 
 def wrong_uses(folder: Path) -> list[tuple[Path, float, str]]:
     files = {
-        "empty": ("{}", 3.0, "is no steer.json of this version of `ncn steer` (KeyError('models'))"),
+        "empty": ("{}", 3.0, "is no steer.json of this version of `ncn steer`: measure the model again"),
         "no-json": ("dialogue", 3.0, "is no steer.json of this version"),
         "unset": (None, 3.0, "measure it with --others 0.5"),
         "guidance": (None, 1.0, "was measured with guidance 3, not 1: give --guidance 3"),
         "deaf": (None, 3.0, "slider questions hardly moves its own attribute (slope 0.02 with guidance 3)"),
     }
-    found = [(folder / "none.json", 3.0, "is no steer.json")]
+    found = [(folder / "none.json", 3.0, "none.json cannot be read (No such file or directory): give the steer.json")]
     for name, (text, guidance, words) in files.items():
         (folder / name).mkdir()
         path = measured(

@@ -66,8 +66,12 @@ class Decoupling:
             found = json.loads(Path(path).read_text("utf-8"))
             sliders, others, before = next(iter(found["models"].values()))["sliders"], found["others"], found["mixes"]
             known = found["guidances"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-            raise UserError(f"{path} is no steer.json of this version of `ncn steer` ({error!r})") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): give the steer.json of `ncn steer`") from None
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+            raise UserError(
+                f"{path} is no steer.json of this version of `ncn steer`: measure the model again"
+            ) from None
         if others != MIDDLE:
             raise UserError(f"{path} was not measured with the others in the middle: measure it with --others 0.5")
         key = f"{guidance:g}"
