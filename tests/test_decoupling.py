@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
+from typer.testing import CliRunner, Result
 
 import ncn
+from ncn.cli.app import app
 from ncn.decoupling import Decoupling
 from ncn.experiments.steering.obedience import SETTINGS
+from ncn.store import save_model
 
 NAMES = ("dialogue", "length", "questions")
 SLOPES = np.array([[0.8, 0.1, -0.2], [-0.3, 0.7, 0.0], [0.4, 0.05, 0.5]])
@@ -38,7 +42,6 @@ def test_each_slider_moves_its_own_attribute_alone(tmp_path: Path) -> None:
     response = SLOPES @ decoupling.mix
     np.testing.assert_allclose(response, np.diag(response.diagonal()), atol=1e-12)
     np.testing.assert_allclose(decoupling.mix.diagonal(), 1)
-    assert not np.allclose(SLOPES, np.diag(SLOPES.diagonal()))
     set_to = decoupling({"dialogue": 0.9})
     assert list(set_to) == list(NAMES)
     assert set_to["dialogue"] == pytest.approx(0.9)
@@ -52,9 +55,12 @@ def test_a_slider_that_makes_good_is_counted_as_steep_as_it_is_around_the_middle
     found = json.loads(path.read_text())
     steep = [0.1, 0.1, 0.3, 0.5, 0.7, 0.9, 0.9]  # 1.2 in the middle, less over all
     found["models"]["run"]["sliders"]["questions"]["3"]["means"]["questions"] = steep
+    # what it is made good for counts from end to end
+    flat = [0.2, 0.5, 0.5, 0.5, 0.5, 0.5, 0.8]
+    found["models"]["run"]["sliders"]["dialogue"]["3"]["means"]["questions"] = flat
     path.write_text(json.dumps(found))
     slopes = SLOPES.copy()
-    slopes[2, 2] = 1.2
+    slopes[2, 2], slopes[2, 0] = 1.2, 0.3 / (2 * (1 / 4 + 1 / 9 + 1 / 36))
     np.testing.assert_allclose(Decoupling.read(path, 3.0).mix, Decoupling(NAMES, slopes, 3.0).mix, atol=1e-12)
 
 
@@ -80,25 +86,36 @@ def test_a_second_measurement_improves_on_the_first(tmp_path: Path) -> None:
     np.testing.assert_allclose(better.mix, Decoupling(NAMES, SLOPES, 3.0).mix, atol=1e-12)
 
 
-def test_what_transformers_and_generate_are_given_is_the_same_thing(tmp_path: Path) -> None:
-    controller = {"sliders": list(NAMES), "width": 8}
+def test_the_command_writes_what_the_settings_by_hand_write(tmp_path: Path) -> None:
+    path = measured(tmp_path)
+    controller = {"sliders": list(NAMES), "sliders_enter": "embedding", "kind": "static", "taps": [0]}
     model = ncn.ModulatedTransformer(ncn.NCNConfig.preset("mini", d_model=32, num_layers=1, controller=controller))
-    sliders = Decoupling.read(measured(tmp_path), 3.0)({"questions": 0.7})
-    from ncn.given import Given
+    assert model.slider_embedding is not None
+    torch.nn.init.normal_(model.slider_embedding.weight, std=0.1)
+    _, tokenizer = ncn.load("stories-mini")
+    save_model(model, tmp_path / "model", tokenizer)
 
-    given = Given.of(model.config, sliders)  # type: ignore[arg-type]
-    assert given is not None
-    assert given.sliders is not None
-    assert given.sliders.flatten().tolist() == pytest.approx([*sliders.values()])
+    def written(*options: str, model: str = str(tmp_path / "model")) -> Result:
+        command = ["generate", model, "One day", "--max-tokens", "20", "--seed", "1", "--guidance", "3"]
+        return CliRunner().invoke(app, [*command, *options])
+
+    by_hand = [f"--set={name}={value!r}" for name, value in Decoupling.read(path, 3.0)({"questions": 0.7}).items()]
+    decoupled = written("--set", "questions=0.7", "--decouple", str(path))
+    assert decoupled.exit_code == 0, decoupled.output
+    assert decoupled.output == written(*by_hand).output
+    assert decoupled.output != written("--set", "questions=0.7").output
+    wrong = written("--decouple", str(path), model="stories-mini")
+    assert wrong.exit_code == 1
+    assert "the sliders dialogue, length, questions were measured, and this model has none" in str(wrong.exception)
 
 
 def wrong_uses(folder: Path) -> list[tuple[Path, float, str]]:
     files = {
-        "empty": ("{}", 3.0, "is no steer.json of this version of `ncn steer`: measure the model again"),
-        "no-json": ("dialogue", 3.0, "is no steer.json of this version"),
+        "empty": ("{}", 3.0, "is no steer.json of `ncn steer`"),
+        "no-json": ("dialogue", 3.0, "is no steer.json of `ncn steer`"),
         "unset": (None, 3.0, "measure it with --others 0.5"),
         "guidance": (None, 1.0, "was measured with guidance 3, not 1: give --guidance 3"),
-        "deaf": (None, 3.0, "slider questions hardly moves its own attribute (slope 0.02 with guidance 3)"),
+        "deaf": (None, 3.0, "with guidance 3 slider questions hardly moves its own attribute (slope 0.02, and"),
     }
     found = [(folder / "none.json", 3.0, "none.json cannot be read (No such file or directory): give the steer.json")]
     for name, (text, guidance, words) in files.items():
@@ -112,6 +129,14 @@ def wrong_uses(folder: Path) -> list[tuple[Path, float, str]]:
             path.write_text(text)
         found.append((path, guidance, words))
     return found
+
+
+def test_sliders_that_cannot_be_taken_apart_are_refused() -> None:
+    with pytest.raises(ncn.UserError, match="two sliders move the same attributes"):
+        Decoupling(NAMES[:2], np.full((2, 2), 0.5), 1.0)
+    # each moves the other's attribute more than its own: made good for, it would go backwards
+    with pytest.raises(ncn.UserError, match=r"dialogue hardly moves .* \(slope 0.30, and -1.83 without"):
+        Decoupling(NAMES[:2], np.array([[0.3, 0.8], [0.8, 0.3]]), 1.0)
 
 
 def test_wrong_uses_are_one_line_each(tmp_path: Path) -> None:

@@ -275,13 +275,22 @@ def test_the_other_sliders_can_be_moved_such_that_their_attributes_stay(
     assert given[2][:, 0].tolist() == pytest.approx(SETTINGS)
     assert len(set(given[2][:, 1].tolist())) > 3
     page = (tmp_path / "mixed" / "steer.md").read_text()
-    assert "the others moved with it, from the middle, such that their own attributes stay there" in page
+    assert "the others moved with it, around the middle, such that their own attributes stay where they are" in page
     assert re.search(r"With guidance 1, a slider .*\n\n\| slider \| length \| dialogue \|", page)
-    with pytest.raises(ncn.UserError, match="has the sliders length, dialogue, and the model has length"):
-        steer({"model": small(sliders=["length"])}, opened.tokenizer(), opened, tmp_path, prompts=1, decouple=path)
-    for models, others in (({"one": model, "two": model}, None), ({"one": model}, 0.3)):
-        with pytest.raises(ncn.UserError, match="decoupled sliders are those of one model, with the others around"):
-            steer(models, opened.tokenizer(), opened, tmp_path, prompts=1, decouple=path, others=others)
+    assert "| dialogue | " + f"{decoupling.mix[0, 1]:+.2f} |".replace("-", "−") in page
+    before, after = (
+        np.ptp(found["models"]["model"]["sliders"]["length"]["1"]["means"]["dialogue"]) for found in (plain, mixed)
+    )
+    assert after < 0.7 * before
+    wrong: list[tuple[dict[str, ModulatedTransformer], dict[str, Any], str]] = [
+        ({"one": small(sliders=["length"])}, {}, "sliders length, dialogue were measured, and this model has length"),
+        ({"one": model, "two": model}, {}, "--decouple is of one model: measure it without --against"),
+        ({"one": model}, {"others": 0.5}, "--decouple sets the other sliders itself: leave out --others"),
+        ({"one": model}, {"folder": path.parent}, "would be written over: give --out another folder"),
+    ]
+    for models, options, words in wrong:
+        with pytest.raises(ncn.UserError, match=words):
+            steer(models, opened.tokenizer(), opened, **{"folder": tmp_path, "prompts": 1, "decouple": path, **options})
 
 
 def test_losses_are_those_of_evaluation_and_differences_have_intervals(data: Path) -> None:

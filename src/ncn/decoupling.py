@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ncn.errors import UserError
 
 MIDDLE = 0.5
-"""Where a slider rests that is not named: its attribute is to be as in the middle document."""
+"""Where a slider rests that is not named."""
 _LEAST_SLOPE = 0.1
 _NEAR = 0.2
 Array = npt.NDArray[np.float64]
@@ -26,52 +26,63 @@ Ends = float | tuple[float, float]
 
 
 class Decoupling:
-    """What all sliders of a model are set to, for attributes that are wanted.
+    """What all sliders of a model are set to, such that each value that is asked for moves one attribute alone.
 
     With ranks a of the attributes, settings s of the sliders, and the slopes M[j, i] of attribute j over slider i,
-    a ≈ a₀ + M (s − ½) where no slider is far from the middle. It is inverted,
+    a ≈ a₀ + M (s − ½). What is asked for, t, is turned into settings by the inverse,
 
         s = ½ + N (t − ½),   N = M⁻¹ D,   D diagonal such that N has ones on its diagonal,
 
-    so that M N is diagonal: of the wanted t, each moves one attribute, and its own slider by just as much. Settings end
-    at 0 and 1, where the balance ends as well.
+    so that a ≈ a₀ + D (t − ½): each t moves its own attribute, and where only one t is not ½, its slider is at t itself.
+    Settings end at 0 and 1, where the balance ends as well.
 
     Attributes:
         names: the sliders, in the model's order.
         mix: N, (sliders, sliders).
         guidance: with which the slopes were measured, and for which alone they hold.
+
+    Raises `UserError` for slopes that cannot be inverted, or under which a slider would hardly move its attribute, or
+    move it the wrong way.
     """
 
     def __init__(self, names: Sequence[str], slopes: Array, guidance: float, before: Array | None = None) -> None:
         """`slopes` is M, (attributes, sliders) in the order of `names`; measured while sliders were set by the mix
-        `before`, if any, which is then improved on. Raises `UserError` for a slider that does not move its own
-        attribute."""
-        for name, slope in zip(names, slopes.diagonal(), strict=True):
-            if not slope >= _LEAST_SLOPE:
+        `before`, if any, which is then improved on."""
+        try:
+            inverse = np.linalg.inv(slopes)
+        except np.linalg.LinAlgError:
+            raise UserError(
+                f"with guidance {guidance:g} two sliders move the same attributes, and cannot be taken apart"
+            ) from None
+        for name, own, left in zip(names, slopes.diagonal(), 1 / inverse.diagonal(), strict=True):
+            if not min(own, left) >= _LEAST_SLOPE:
                 raise UserError(
-                    f"slider {name} hardly moves its own attribute (slope {slope:.2f} with guidance {guidance:g}), so "
-                    "the others cannot be made good with it; try a stronger guidance, or train it longer"
+                    f"with guidance {guidance:g} slider {name} hardly moves its own attribute (slope {own:.2f}, and "
+                    f"{left:.2f} without what comes through the others); try a stronger guidance, or train it longer"
                 )
-        mix = np.linalg.inv(slopes) if before is None else before @ np.linalg.inv(slopes)
+        mix = inverse if before is None else before @ inverse
         self.names, self.guidance = tuple(names), guidance
         self.mix: Array = mix / mix.diagonal()
 
     @classmethod
     def read(cls, path: str | Path, guidance: float = 1.0) -> Decoupling:
-        """From the `steer.json` of `ncn steer MODEL --others 0.5 --guidance …`, of its first model.
+        """From the `steer.json` of `ncn steer MODEL --others 0.5 --guidance …`.
 
-        Raises `UserError` for another file, another guidance, or sliders whose attributes were not measured.
+        M holds the slopes from end to end, as a slider may go, and on its diagonal those around the middle, where an
+        attribute follows its own slider most steeply: a slider that makes good what another one does moves a little.
+
+        Raises `UserError` for another file, several models, or another guidance.
         """
         try:
             found = json.loads(Path(path).read_text("utf-8"))
-            sliders, others, before = next(iter(found["models"].values()))["sliders"], found["others"], found["mixes"]
-            known = found["guidances"]
+            models, others, known = list(found["models"].values()), found["others"], found["guidances"]
+            sliders = models[0]["sliders"]
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror}): give the steer.json of `ncn steer`") from None
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-            raise UserError(
-                f"{path} is no steer.json of this version of `ncn steer`: measure the model again"
-            ) from None
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(f"{path} is no steer.json of `ncn steer`") from None
+        if len(models) > 1:
+            raise UserError(f"{path} holds {len(models)} models: measure the one that is meant alone")
         if others != MIDDLE:
             raise UserError(f"{path} was not measured with the others in the middle: measure it with --others 0.5")
         key = f"{guidance:g}"
@@ -81,19 +92,25 @@ class Decoupling:
             )
         settings = np.array(found["settings"])
         means = np.array([[sliders[slider][key]["means"][attribute] for slider in sliders] for attribute in sliders])
-        # A slider that makes good moves a little around the middle, where its own attribute follows it most steeply;
-        # one that is made good for may go from end to end.
-        slopes = _slopes(settings, means)
+        slopes = _slopes(settings, means, MIDDLE)
         np.fill_diagonal(slopes, _slopes(settings, means, _NEAR).diagonal())
-        return cls(list(sliders), slopes, guidance, None if before is None else np.array(before[key]))
+        mixes = found.get("mixes")
+        return cls(list(sliders), slopes, guidance, None if mixes is None else np.array(mixes[key]))
+
+    def check_sliders(self, names: Sequence[str]) -> None:
+        """Raises `UserError` where a model has other sliders than were measured."""
+        if self.names != tuple(names):
+            raise UserError(
+                f"the sliders {', '.join(self.names)} were measured, and this model has {', '.join(names) or 'none'}"
+            )
 
     def settings(self, wanted: Array) -> Array:
-        """(…, sliders), both."""
+        """The settings for `wanted`; both are (…, sliders)."""
         return np.clip(MIDDLE + (wanted - MIDDLE) @ self.mix.T, 0, 1)
 
     def __call__(self, wanted: Mapping[str, Ends]) -> dict[str, Ends]:
-        """Settings for all sliders, by name, for wanted ranks of attributes; those that are not named are to stay in
-        the middle. A pair of numbers moves from the first to the second, as in `ncn.generate`."""
+        """Settings for all sliders, by name, for what each of them is asked for, ½ where it is not named. A pair of
+        numbers moves from the first to the second, for `ncn.generate` alone."""
         for name, value in wanted.items():
             if name not in self.names:
                 raise UserError(f"no slider {name!r} was measured; {', '.join(self.names)} were")
@@ -106,8 +123,9 @@ class Decoupling:
         return {name: (one, other) if moves else one for name, one, other in zip(self.names, first, last, strict=True)}
 
 
-def _slopes(settings: Array, means: Array, near: float = MIDDLE) -> Array:
-    """The slopes (...) of `means` (..., settings), by least squares over the settings as `near` to the middle."""
+def _slopes(settings: Array, means: Array, near: float) -> Array:
+    """The slopes (...) of `means` (..., settings), by least squares over the settings no further than `near` from the
+    middle, on both sides of which they lie alike."""
     kept = np.abs(settings - MIDDLE) <= near
     centred = settings[kept] - MIDDLE
     slopes: Array = means[..., kept] @ centred / (centred @ centred)

@@ -170,8 +170,8 @@ def generate(
     decouple: Annotated[
         Path | None,
         typer.Option(
-            help="The steer.json of `ncn steer MODEL --others 0.5`: sliders that are not set move such that what they "
-            "are named after stays in the middle."
+            help="The steer.json of `ncn steer MODEL --others 0.5`: move all sliders together, such that each --set "
+            "changes its own attribute alone."
         ),
     ] = None,
     compile_step: Annotated[
@@ -184,10 +184,12 @@ def generate(
     from ncn.generate import generate as run
     from ncn.store import load
 
+    decoupling = None if decouple is None else Decoupling.read(decouple, guidance)
     model, tokenizer = load(model_name)
     sliders = dict(map(_slider, settings or []))
-    if decouple is not None:
-        sliders = Decoupling.read(decouple, guidance)(sliders)
+    if decoupling is not None:
+        decoupling.check_sliders(model.config.controller.sliders if model.config.controller else ())
+        sliders = decoupling(sliders)
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options |= {"sliders": sliders, "task": task, "guidance": guidance}
     options |= {"instruction": instruction, "compile": compile_step}

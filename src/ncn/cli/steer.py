@@ -46,8 +46,8 @@ def steer(
     decouple: Annotated[
         Path | None,
         typer.Option(
-            help="The steer.json of an earlier measurement with --others 0.5: move the others such that only the "
-            "attribute of the slider changes."
+            help="The steer.json of an earlier measurement with --others 0.5: move the others with a slider, such "
+            "that its own attribute changes alone."
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Stories written at once.")] = 300,

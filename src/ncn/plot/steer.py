@@ -56,6 +56,10 @@ def draw_comparison(results: Mapping[str, Any], path: str | Path) -> None:
                 for row, numbers in enumerate(values):
                     panels[row][column].plot(results["settings"], numbers, linewidth=1.4, markersize=2.5, **style)
         panels[0][column].set_ylim(0, 1)
+    if real is not None:  # one scale for all sliders
+        low, high = zip(*(axes.get_ylim() for axes in panels[1]), strict=True)
+        for axes in panels[1]:
+            axes.set_ylim(min(low), max(high))
     _label(panels[0], "its own attribute,\nmean rank of the stories")
     if real is not None:
         _label(panels[1], "bits per byte\nunder the judge")
@@ -68,8 +72,7 @@ def _sliders(results: Mapping[str, Any]) -> list[str]:
 
 
 def _panels(rows: int, count: int, height: float) -> tuple[Figure, list[list[Axes]]]:
-    """For each of the `rows`, the panels of all sliders: side by side, the rows under each other, and where there are
-    many sliders the rest of them again below."""
+    """The panels of each of the `rows`, one a slider; after four sliders all rows begin again below."""
     columns = min(count, _COLUMNS)
     blocks = -(-count // columns)
     size = (2.6 * columns + 2.2, height * rows * blocks + 0.6)

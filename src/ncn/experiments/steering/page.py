@@ -32,7 +32,7 @@ def steering_page(results: Mapping[str, Any]) -> str:
     several, guided = len(models) > 1, len(results["guidances"]) > 1
     others = "unset" if results["others"] is None else f"at {results['others']:g}"
     if results["mixes"]:
-        others = "moved with it, from the middle, such that their own attributes stay there"
+        others = "moved with it, around the middle, such that their own attributes stay where they are"
     times = "once" if results["seeds"] == 1 else f"{results['seeds']} times"
     parts = [
         f"{results['prompts']} beginnings of held-out documents ({results['prompt_tokens']} tokens) were continued "
@@ -150,8 +150,8 @@ def _mix(results: Mapping[str, Any], guidance: str) -> str:
         for column, name in enumerate(names)
     ]
     return (
-        f"With guidance {guidance}, a slider (a row) that moves from 0 to 1 took the others with it by this much, "
-        "which an earlier measurement said would leave their attributes where they are:\n\n"
+        f"With guidance {guidance}, a slider (a row) that goes from 0 to 1 takes the others with it by this much, up to "
+        "their ends, which an earlier measurement said would leave their attributes where they are:\n\n"
         + table(["slider", *names], rows)
     )
 

@@ -168,7 +168,8 @@ def steer(
 
     Raises:
         UserError: a model has no sliders, or others than the first, or another vocabulary; or the data has no
-            attributes or too few documents.
+            attributes or too few documents; or `decouple` is of another model, or lies in
+            `folder`, or comes with `others`.
     """
     names = _common_sliders(models)
     DocumentSliders(data, names)  # refuses data that does not have them
@@ -176,12 +177,11 @@ def steer(
         raise UserError("a guidance must be above 0; 1 is the model as it is")
     if others is not None and not 0 <= others <= 1:
         raise UserError(f"the other sliders cannot be set to {others}: a slider lies from 0 to 1")
-    if decouple is not None and (len(models) > 1 or others not in (None, MIDDLE)):
-        raise UserError("decoupled sliders are those of one model, with the others around the middle: measure it alone")
-    mixes = None if decouple is None else {guidance: Decoupling.read(decouple, guidance) for guidance in guidances}
-    for mix in (mixes or {}).values():
-        if mix.names != names:
-            raise UserError(f"{decouple} has the sliders {', '.join(mix.names)}, and the model has {', '.join(names)}")
+    mixes = None if decouple is None else _decouplings(decouple, guidances, names, Path(folder))
+    if mixes and len(models) > 1:
+        raise UserError("--decouple is of one model: measure it without --against")
+    if mixes and others is not None:
+        raise UserError("--decouple sets the other sliders itself: leave out --others")
     longest = min(model.config.context_length for model in models.values())
     plan = Plan(
         data, tokenizer, names, prompts, seeds, temperature, judge, Path(folder) / "measured", batch_size, loss_tokens,
@@ -211,6 +211,17 @@ def steer(
             answers.setdefault((label, index, guidance), []).append(kept)
             bar.update((done + 1) * plan.stories, tokens)
     return Steering(_results(plan, models, plain, losses, answers, guidances))
+
+
+def _decouplings(
+    path: str | Path, guidances: Sequence[float], names: tuple[str, ...], folder: Path
+) -> dict[float, Decoupling]:
+    if Path(path).resolve() == (folder / "steer.json").resolve():
+        raise UserError(f"{path} would be written over: give --out another folder")
+    found = {guidance: Decoupling.read(path, guidance) for guidance in guidances}
+    for decoupling in found.values():
+        decoupling.check_sliders(names)
+    return found
 
 
 class _Answer:
