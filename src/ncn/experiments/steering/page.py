@@ -150,8 +150,8 @@ def _mix(results: Mapping[str, Any], guidance: str) -> str:
         for column, name in enumerate(names)
     ]
     return (
-        f"With guidance {guidance}, a slider (a row) that goes from 0 to 1 takes the others with it by this much, up to "
-        "their ends, which an earlier measurement said would leave their attributes where they are:\n\n"
+        f"With guidance {guidance}, a slider (a row) that goes from 0 to 1 takes the others with it by this much, up "
+        "to their ends, which an earlier measurement said would leave their attributes where they are:\n\n"
         + table(["slider", *names], rows)
     )
 
