@@ -33,7 +33,7 @@ class Decoupling:
 
         s = ½ + N (t − ½),   N = M⁻¹ D,   D diagonal such that N has ones on its diagonal,
 
-    so that a ≈ a₀ + D (t − ½): each t moves its own attribute, and where only one t is not ½, its slider is at t itself.
+    so that a ≈ a₀ + D (t − ½): each t moves its own attribute, and where one t alone is not ½, its slider is at t.
     Settings end at 0 and 1, where the balance ends as well.
 
     Attributes:
