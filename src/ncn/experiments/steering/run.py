@@ -1,50 +1,34 @@
-"""The measurement: stories of every model at every value of every slider, kept one by one, and what is made of them."""
+"""The measurement: stories of every model at every value of every slider, kept one by one."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
-from torch import Tensor
 
-from ncn.attributes import MEASURED, VALUES, DocumentSliders, measure, rank, read_table
+from ncn.attributes import DocumentSliders, measure, rank
 from ncn.data import TokenDataset
 from ncn.decoupling import MIDDLE, Decoupling
 from ncn.errors import UserError
 from ncn.evaluate import bits_per_byte
-from ncn.experiments.steering.losses import difference, mean_loss, window_losses
-from ncn.experiments.steering.obedience import (
-    SETTINGS,
-    describe,
-    distinct,
-    interval,
-    resampled_spearman,
-    spearman,
-)
+from ncn.experiments.steering.losses import window_losses
+from ncn.experiments.steering.obedience import SETTINGS, distinct
+from ncn.experiments.steering.plan import DISTINCT, DISTINCT_TOKENS, PROMPT_TOKENS, Arrays, Judge, Plan
+from ncn.experiments.steering.results import summarise
 from ncn.experiments.steering.writing import one_document_a_row, write_stories
 from ncn.files import write_atomically
 from ncn.model import ModulatedTransformer
 from ncn.progress import ProgressReport
-from ncn.runs import describe_environment, write_json
+from ncn.runs import write_json
 from ncn.tokenizer import Tokenizer
-
-PROMPT_TOKENS = 8
-DISTINCT = (1, 2, 3)
-_DISTINCT_TOKENS = 10_000
-Array = npt.NDArray[np.float64]
-Arrays = dict[str, npt.NDArray[Any]]
-Judge = tuple[ModulatedTransformer, Tokenizer]
 
 
 @dataclass(frozen=True)
@@ -65,68 +49,6 @@ class Steering:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "steer.json", self.results)
         return [folder / "steer.json", *write_steering(self.results, folder)]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What every model is asked, and where its answers are kept. See `steer` for the fields."""
-
-    data: TokenDataset
-    tokenizer: Tokenizer
-    sliders: tuple[str, ...]
-    prompts: int
-    seeds: int
-    temperature: float
-    judge: Judge | None
-    folder: Path
-    batch_size: int
-    loss_tokens: int
-    longest: int
-    others: float | None
-    decoupled: Mapping[float, Decoupling] | None
-    quantiles: dict[str, Array] = field(init=False)
-    counts: Array = field(init=False)
-    documents: list[list[int]] = field(init=False)
-    """The documents whose beginnings are the prompts, with their separators."""
-
-    def __post_init__(self) -> None:
-        bounds = [*self.data.document_starts().tolist(), self.data.tokens]
-        long = [(a, b) for a, b in itertools.pairwise(bounds) if b - a > PROMPT_TOKENS]
-        if len(long) < self.prompts:
-            raise UserError(f"{self.prompts} prompts were asked for, and the data has {len(long)} documents that long")
-        chosen = long[:: len(long) // self.prompts][: self.prompts]
-        table = read_table(self.data.folder)
-        if columns := [name for name in self.sliders if name not in MEASURED]:
-            raise UserError(
-                f"slider {columns[0]} is a column of the data: what a story would have in it cannot be measured on the "
-                f"story; what can is {', '.join(MEASURED)}"
-            )
-        quantiles = {name: np.array(values) for name, values in table.items() if name in MEASURED}
-        object.__setattr__(self, "quantiles", quantiles)
-        object.__setattr__(self, "counts", load_file(self.data.folder / VALUES)["token_counts"])
-        object.__setattr__(self, "documents", [self.data.read(a, b - a).tolist() for a, b in chosen])
-
-    @property
-    def beginnings(self) -> Tensor:
-        """(prompts, a separator and `PROMPT_TOKENS` tokens)."""
-        return torch.tensor([document[: PROMPT_TOKENS + 1] for document in self.documents])
-
-    @property
-    def stories(self) -> int:
-        """Written for one slider of one model at one guidance with one seed."""
-        return len(SETTINGS) * self.prompts
-
-    def identity(self, model: ModulatedTransformer, **facts: Any) -> str:
-        """All that an answer depends on."""
-        judge = None if self.judge is None else fingerprint(self.judge[0])
-        everything = {
-            "format": 2, "model": fingerprint(model), "data": self.data.fingerprint, "prompts": self.prompts,
-            "temperature": self.temperature, "judge": judge, "longest": self.longest,
-            "loss_tokens": self.loss_tokens, "batch_size": self.batch_size,
-        }  # fmt: skip
-        if self.others is not None:
-            facts["others"] = self.others
-        return json.dumps(everything | facts)
 
 
 def steer(
@@ -210,7 +132,7 @@ def steer(
                 write_atomically(path, save(kept, metadata={"identity": identity}))
             answers.setdefault((label, index, guidance), []).append(kept)
             bar.update((done + 1) * plan.stories, tokens)
-    return Steering(_results(plan, models, plain, losses, answers, guidances))
+    return Steering(summarise(plan, models, plain, losses, answers, guidances))
 
 
 def _decouplings(
@@ -268,7 +190,7 @@ def _measured(plan: Plan, stories: list[list[int]], *, judged: bool) -> Arrays:
     )
     starts = range(0, len(stories), plan.prompts)
     by_setting = [stories[start : start + plan.prompts] for start in starts]
-    size = min(_DISTINCT_TOKENS, *(sum(map(len, part)) for part in by_setting))
+    size = min(DISTINCT_TOKENS, *(sum(map(len, part)) for part in by_setting))
     result = {
         "ranks": ranks.astype(np.float32),
         "cut": np.array([len(ids) == plan.longest - 1 for ids in stories]).reshape(shape).mean(1),
@@ -302,91 +224,6 @@ def _kept(path: Path, identity: str) -> Arrays | None:
     return load_file(path) if found == identity else None
 
 
-def _results(
-    plan: Plan,
-    models: Mapping[str, ModulatedTransformer],
-    without: Mapping[str, ModulatedTransformer],
-    losses: Mapping[str, Arrays],
-    answers: Mapping[tuple[str, int, float], Sequence[Arrays]],
-    guidances: Sequence[float],
-) -> dict[str, Any]:
-    attributes, first = list(plan.quantiles), next(iter(models))
-    ranked = DocumentSliders(plan.data, tuple(attributes)).ranks
-    corpus = {
-        one: {
-            other: spearman(ranked[:, i].astype(np.float64), ranked[:, j].astype(np.float64))
-            for j, other in enumerate(attributes)
-        }
-        for i, one in enumerate(attributes)
-    }
-    found: dict[str, Any] = {}
-    for label, model in models.items():
-        assert model.config.controller is not None
-        own = losses[label]
-        found[label] = {
-            "enter": model.config.controller.sliders_enter,
-            "kind": model.config.controller.kind,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "loss": {kind: mean_loss(own, kind) for kind in ("right", "unset", "wrong")},
-            "right_against_unset": difference(own["right"], own["unset"], own["tokens"]),
-            "unset_against": {
-                other: difference(own["unset"], losses[other]["unset"], own["tokens"])
-                for other in without
-                if len(losses[other]["tokens"]) == len(own["tokens"])
-            },
-            "sliders": {},
-        }
-        for (index, name), guidance in itertools.product(enumerate(plan.sliders), guidances):
-            kept = answers[label, index, guidance]
-            ranks, row = _ranks(kept), attributes.index(name)
-            described = describe(name, attributes, ranks, corpus[name])
-            described["cut"] = np.mean([part["cut"] for part in kept], 0).tolist()
-            variety = np.mean([part["distinct"] for part in kept], 0).tolist()
-            described["distinct"] = dict(zip(map(str, DISTINCT), variety, strict=True))
-            if "bits_per_byte" in kept[0]:
-                described["bits_per_byte"] = kept[0]["bits_per_byte"].tolist()
-            if label != first:
-                reference = _ranks(answers[first, index, guidance])[row]
-                draws = resampled_spearman(reference) - resampled_spearman(ranks[row])
-                value = found[first]["sliders"][name][f"{guidance:g}"]["spearman"]["value"]
-                described["first_minus_this"] = {"value": value - described["spearman"]["value"], **interval(draws)}
-            found[label]["sliders"].setdefault(name, {})[f"{guidance:g}"] = described
-    return {
-        "format": 3,
-        "settings": list(SETTINGS),
-        "prompts": plan.prompts,
-        "prompt_tokens": PROMPT_TOKENS,
-        "seeds": plan.seeds,
-        "others": plan.others,
-        "mixes": plan.decoupled and {f"{key:g}": mix.mix.tolist() for key, mix in plan.decoupled.items()},
-        "temperature": plan.temperature,
-        "guidances": [f"{guidance:g}" for guidance in guidances],
-        "longest": plan.longest,
-        "loss_tokens": int(losses[first]["tokens"].sum()),
-        "models": found,
-        "without": {label: mean_loss(losses[label], "unset") for label in without},
-        "real": _real(plan),
-        "corpus": corpus,
-        "environment": describe_environment(torch.device("cpu")),
-    }
-
-
-def _ranks(kept: Sequence[Arrays]) -> Array:
-    """Of all seeds: (attributes, seeds, settings, prompts)."""
-    ranks: Array = np.stack([part["ranks"] for part in kept], 1).astype(np.float64)
-    return ranks
-
-
-def _real(plan: Plan) -> dict[str, Any]:
-    """The documents themselves that the prompts begin: what the judge and the count of different runs say of them."""
-    stories = [document[1:] for document in plan.documents]
-    size = min(_DISTINCT_TOKENS, sum(map(len, stories)))
-    found: dict[str, Any] = {"distinct": {str(run): distinct(stories, run, size) for run in DISTINCT}}
-    if plan.judge is not None:
-        found["bits_per_byte"] = bits_per_byte(*plan.judge, [plan.tokenizer.decode(story) for story in stories])
-    return found
-
-
 def _common_sliders(models: Mapping[str, ModulatedTransformer]) -> tuple[str, ...]:
     names: tuple[str, ...] = ()
     for label, model in models.items():
@@ -406,11 +243,3 @@ def _check_vocabularies(models: Mapping[str, ModulatedTransformer], tokenizer: T
                 f"{label} has a vocabulary of {model.config.vocab_size}, and the tokenizer one of "
                 f"{tokenizer.vocab_size}: compare models of one tokenizer"
             )
-
-
-def fingerprint(model: ModulatedTransformer) -> str:
-    """SHA-256 of the weights and the configuration."""
-    found = hashlib.sha256(model.config.model_dump_json().encode())
-    for tensor in model.state_dict().values():
-        found.update(tensor.contiguous().numpy().tobytes())
-    return found.hexdigest()

@@ -1,0 +1,102 @@
+"""What every model is asked in the measurement, and what an answer depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from ncn.attributes import MEASURED, VALUES, read_table
+from ncn.data import TokenDataset
+from ncn.decoupling import Decoupling
+from ncn.errors import UserError
+from ncn.experiments.steering.obedience import SETTINGS
+from ncn.model import ModulatedTransformer
+from ncn.tokenizer import Tokenizer
+
+PROMPT_TOKENS = 8
+DISTINCT = (1, 2, 3)
+DISTINCT_TOKENS = 10_000
+Array = npt.NDArray[np.float64]
+Arrays = dict[str, npt.NDArray[Any]]
+Judge = tuple[ModulatedTransformer, Tokenizer]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every model is asked, and where its answers are kept. See `steer` for the fields."""
+
+    data: TokenDataset
+    tokenizer: Tokenizer
+    sliders: tuple[str, ...]
+    prompts: int
+    seeds: int
+    temperature: float
+    judge: Judge | None
+    folder: Path
+    batch_size: int
+    loss_tokens: int
+    longest: int
+    others: float | None
+    decoupled: Mapping[float, Decoupling] | None
+    quantiles: dict[str, Array] = field(init=False)
+    counts: Array = field(init=False)
+    documents: list[list[int]] = field(init=False)
+    """The documents whose beginnings are the prompts, with their separators."""
+
+    def __post_init__(self) -> None:
+        bounds = [*self.data.document_starts().tolist(), self.data.tokens]
+        long = [(a, b) for a, b in itertools.pairwise(bounds) if b - a > PROMPT_TOKENS]
+        if len(long) < self.prompts:
+            raise UserError(f"{self.prompts} prompts were asked for, and the data has {len(long)} documents that long")
+        chosen = long[:: len(long) // self.prompts][: self.prompts]
+        table = read_table(self.data.folder)
+        if columns := [name for name in self.sliders if name not in MEASURED]:
+            raise UserError(
+                f"slider {columns[0]} is a column of the data: what a story would have in it cannot be measured on the "
+                f"story; what can is {', '.join(MEASURED)}"
+            )
+        quantiles = {name: np.array(values) for name, values in table.items() if name in MEASURED}
+        object.__setattr__(self, "quantiles", quantiles)
+        object.__setattr__(self, "counts", load_file(self.data.folder / VALUES)["token_counts"])
+        object.__setattr__(self, "documents", [self.data.read(a, b - a).tolist() for a, b in chosen])
+
+    @property
+    def beginnings(self) -> Tensor:
+        """(prompts, a separator and `PROMPT_TOKENS` tokens)."""
+        return torch.tensor([document[: PROMPT_TOKENS + 1] for document in self.documents])
+
+    @property
+    def stories(self) -> int:
+        """Written for one slider of one model at one guidance with one seed."""
+        return len(SETTINGS) * self.prompts
+
+    def identity(self, model: ModulatedTransformer, **facts: Any) -> str:
+        """All that an answer depends on."""
+        judge = None if self.judge is None else fingerprint(self.judge[0])
+        everything = {
+            "format": 2, "model": fingerprint(model), "data": self.data.fingerprint, "prompts": self.prompts,
+            "temperature": self.temperature, "judge": judge, "longest": self.longest,
+            "loss_tokens": self.loss_tokens, "batch_size": self.batch_size,
+        }  # fmt: skip
+        if self.others is not None:
+            facts["others"] = self.others
+        return json.dumps(everything | facts)
+
+
+def fingerprint(model: ModulatedTransformer) -> str:
+    """SHA-256 of the weights and the configuration."""
+    found = hashlib.sha256(model.config.model_dump_json().encode())
+    for tensor in model.state_dict().values():
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()
