@@ -47,3 +47,9 @@ def text(tokens: int, batch: int = 1) -> Tensor:
     ids[:, 0] = SEPARATOR
     ids[:, tokens // 2] = SEPARATOR
     return ids
+
+
+def padded_left(ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Rows of which so many last tokens are real, and the mask."""
+    mask = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths)[:, None]
+    return ids * mask, mask.long()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import ncn.hf
-from hf_models import VARIANTS, awake, text
+from hf_models import VARIANTS, awake, padded_left, text
 from ncn import store
 from ncn.cache import Cache
 from ncn.hf.cache import HostedCache
@@ -43,11 +43,6 @@ def greedy(core: ModulatedTransformer, ids: Tensor, tokens: int = 12) -> Tensor:
     for _ in range(tokens):
         ids = torch.cat([ids, core(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
     return ids[:, -tokens:]
-
-
-def padded_left(ids: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    mask = torch.arange(ids.shape[1]) >= ids.shape[1] - torch.tensor(lengths)[:, None]
-    return ids * mask, mask.long()
 
 
 def test_greedy_decoding_is_the_core_loop(core: ModulatedTransformer) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ncn.hf
-from hf_models import VARIANTS, awake, text
+from hf_models import VARIANTS, awake, padded_left, text
 from ncn import store
 from ncn.model import ModulatedTransformer
 
