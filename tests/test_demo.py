@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ncn.data import TokenDataset
-from ncn.experiments.demo import PROMPT, Demo, run_demo
+from ncn.experiments.demo import PROMPT, Demo, _ends_short, run_demo
 from ncn.runs import RunFolder
 from ncn.stopping import Interrupted
 from tiny import at_step, interrupt, stories
@@ -81,3 +81,9 @@ def test_again_it_trains_nothing_and_says_the_same(
     monkeypatch.setattr("ncn.train.Training.train_step", no_training)
     again = run_demo(out, **options)
     assert again == demo
+
+
+def test_a_curve_does_not_end_with_the_noise_of_a_single_step() -> None:
+    assert _ends_short([(10, 3.0), (20, 2.0), (30, 1.9), (31, 1.2)])
+    assert not _ends_short([(10, 3.0), (20, 2.0), (30, 1.9)])
+    assert not _ends_short([(10, 3.0), (11, 2.0)])

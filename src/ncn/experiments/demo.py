@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,14 @@ def _draw_curves(out: Path, path: Path) -> None:
     from ncn.plot import compare_curves
 
     labels = {"ncn": "with controller", "twin": "static twin, equal parameters"}
-    compare_curves(
-        {
-            label: [(line["tokens"], line["loss"]) for line in RunFolder.open(out / name).metrics()]
-            for name, label in labels.items()
-        },
-        path,
-    )
+    curves = {
+        label: [(line["tokens"], line["loss"]) for line in RunFolder.open(out / name).metrics()]
+        for name, label in labels.items()
+    }
+    # a point is the mean of the steps since the one before, and the last one may be that of a step or two
+    compare_curves({label: curve[:-1] if _ends_short(curve) else curve for label, curve in curves.items()}, path)
+
+
+def _ends_short(curve: list[tuple[int, float]]) -> bool:
+    spans = [after - before for (before, _), (after, _) in itertools.pairwise(curve)]
+    return len(spans) > 1 and spans[-1] < spans[0] / 2
