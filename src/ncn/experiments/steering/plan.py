@@ -49,6 +49,7 @@ class Plan:
     longest: int
     others: float | None
     decoupled: Mapping[float, Decoupling] | None
+    """By guidance."""
     quantiles: dict[str, Array] = field(init=False)
     counts: Array = field(init=False)
     documents: list[list[int]] = field(init=False)

@@ -84,14 +84,14 @@ def steer(
         temperature: of sampling; all tokens may be drawn.
         others: what the other sliders are set to; by default they are unset.
         decouple: the `steer.json` of an earlier measurement of the one model: the others are then moved with a slider
-            such that their own attributes stay in the middle (`ncn.decoupling`).
+            such that their own attributes stay where they are (`ncn.decoupling`).
         batch_size: stories written at once.
         loss_tokens: held-out tokens for the losses.
 
     Raises:
         UserError: a model has no sliders, or others than the first, or another vocabulary; or the data has no
-            attributes or too few documents; or `decouple` is of another model, or lies in
-            `folder`, or comes with `others`.
+            attributes or too few documents; or `decouple` is of other sliders, lies in `folder`, or comes
+            with `others` or several models.
     """
     names = _common_sliders(models)
     DocumentSliders(data, names)  # refuses data that does not have them
