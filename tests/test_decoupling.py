@@ -146,7 +146,7 @@ def test_wrong_uses_are_one_line_each(tmp_path: Path) -> None:
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
     decoupling = Decoupling.read(measured(tmp_path), 3.0)
-    with pytest.raises(ncn.UserError, match="no slider 'mood' was measured; dialogue, length, questions were"):
+    with pytest.raises(ncn.UserError, match="this model has no slider 'mood'; it has dialogue, length, questions"):
         decoupling({"mood": 0.5})
     with pytest.raises(ncn.UserError, match=r"slider dialogue is \(0.2, 1.5\); it must lie from 0 to 1"):
         decoupling({"dialogue": (0.2, 1.5)})

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ncn.errors import UserError
+from ncn.given import SliderEnds, both_ends, check_ends
 
 MIDDLE = 0.5
 """Where a slider rests that is not named."""
 _LEAST_SLOPE = 0.1
 _NEAR = 0.2
 Array = npt.NDArray[np.float64]
-Ends = float | tuple[float, float]
 
 
 class Decoupling:
@@ -108,18 +108,13 @@ class Decoupling:
         """The settings for `wanted`; both are (…, sliders)."""
         return np.clip(MIDDLE + (wanted - MIDDLE) @ self.mix.T, 0, 1)
 
-    def __call__(self, wanted: Mapping[str, Ends]) -> dict[str, Ends]:
+    def __call__(self, wanted: Mapping[str, SliderEnds]) -> dict[str, SliderEnds]:
         """Settings for all sliders, by name, for what each of them is asked for, ½ where it is not named. A pair of
         numbers moves from the first to the second, for `ncn.generate` alone."""
-        for name, value in wanted.items():
-            if name not in self.names:
-                raise UserError(f"no slider {name!r} was measured; {', '.join(self.names)} were")
-            if not all(0 <= end <= 1 for end in (value if isinstance(value, tuple) else (value,))):
-                raise UserError(f"slider {name} is {value}; it must lie from 0 to 1")
-        given = [wanted.get(name, MIDDLE) for name in self.names]
-        ends = np.array([end if isinstance(end, tuple) else (end, end) for end in given])
+        check_ends(wanted, self.names)
+        ends = np.array([both_ends(wanted.get(name, MIDDLE)) for name in self.names])
         first, last = (self.settings(column).tolist() for column in ends.T)
-        moves = any(isinstance(end, tuple) for end in given)
+        moves = any(isinstance(value, tuple) for value in wanted.values())
         return {name: (one, other) if moves else one for name, one, other in zip(self.names, first, last, strict=True)}
 
 

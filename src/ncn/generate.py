@@ -12,7 +12,7 @@ from torch import Tensor
 from ncn.cache import Cache
 from ncn.compiling import compiled
 from ncn.errors import UserError
-from ncn.given import EMPTY_INSTRUCTION, instruction_ids
+from ncn.given import EMPTY_INSTRUCTION, SliderEnds, both_ends, check_ends, instruction_ids
 from ncn.model import ModelOutput, ModulatedTransformer
 from ncn.tokenizer import Tokenizer
 from ncn.types import ControlInputs, Instructions
@@ -29,7 +29,7 @@ def generate_tokens(
     top_p: float | None = None,
     seed: int | None = None,
     stop_id: int | None = None,
-    sliders: Mapping[str, float | tuple[float, float]] | None = None,
+    sliders: Mapping[str, SliderEnds] | None = None,
     task: str | None = None,
     instruction: Sequence[int] | None = None,
     guidance: float = 1.0,
@@ -107,19 +107,14 @@ class _Setting:
     def __init__(
         self,
         model: ModulatedTransformer,
-        sliders: Mapping[str, float | tuple[float, float]],
+        sliders: Mapping[str, SliderEnds],
         task: str | None,
         instruction: Sequence[int] | None,
         guidance: float,
         max_tokens: int,
     ) -> None:
         known = model.config.controller.sliders if model.config.controller else ()
-        for name, value in sliders.items():
-            if name not in known:
-                has = f"it has {', '.join(known)}" if known else "it has none"
-                raise UserError(f"this model has no slider {name!r}; {has}")
-            if not all(0 <= end <= 1 for end in (value if isinstance(value, tuple) else (value,))):
-                raise UserError(f"slider {name} is {value}; it must lie from 0 to 1")
+        check_ends(sliders, known)
         tasks = model.config.controller.tasks if model.config.controller else ()
         if task is not None and task not in tasks:
             raise UserError(f"this model has no task {task!r}; it has {', '.join(tasks) or 'none'}")
@@ -131,8 +126,7 @@ class _Setting:
             raise UserError("guidance leads towards sliders, a task or an instruction, and none is set")
         self.guidance, self.last = guidance, max(max_tokens - 1, 1)
         self.rows = 1 if guidance == 1 else 2
-        ends = [sliders.get(name, math.nan) for name in known] if sliders else []
-        self.ends = [end if isinstance(end, tuple) else (end, end) for end in ends]
+        self.ends = [both_ends(sliders.get(name, math.nan)) for name in known] if sliders else []
         self.task = None if task is None else tasks.index(task)
         self.instruction = None if instruction is None else torch.tensor([[*instruction]])
 

@@ -19,6 +19,8 @@ from ncn.types import ControlInputs
 SliderValue = float | int | None | Sequence[float | int | None] | Tensor
 """A number from 0 to 1 for all rows; a list or tensor (rows,) for each; or a tensor (rows, places) that moves along the
 sequence, the last place going on. None and NaN are unset."""
+SliderEnds = float | tuple[float, float]
+"""A number from 0 to 1; or a pair, from the first at the beginning of what is written to the second at its end."""
 SliderValues = Mapping[str, SliderValue] | Tensor
 """By name; or a tensor (rows, sliders) or (rows, places, sliders) in the order of `controller.sliders`."""
 TaskValues = str | int | None | Sequence[str | int | None] | Tensor
@@ -97,6 +99,25 @@ def _worded(instruction: str) -> str:
     return instruction.strip()
 
 
+def both_ends(value: SliderEnds) -> tuple[float, float]:
+    """What a slider that may move over a text begins and ends at."""
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def check_ends(values: Mapping[str, SliderEnds], known: Sequence[str]) -> None:
+    """Raises `UserError` for a slider that is not `known`, and for a value outside of 0 to 1."""
+    for name, value in values.items():
+        _check_name(name, known)
+        if not all(0 <= end <= 1 for end in both_ends(value)):
+            raise UserError(f"slider {name} is {value}; it must lie from 0 to 1")
+
+
+def _check_name(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise UserError(f"this model has no slider {name!r}; {has}")
+
+
 def _for_rows(values: Tensor, batch: int) -> Tensor:
     rows = len(values)
     if rows in (1, batch):
@@ -108,9 +129,7 @@ def _for_rows(values: Tensor, batch: int) -> Tensor:
 
 def _by_name(values: Mapping[str, SliderValue], known: Sequence[str]) -> Tensor:
     for name in values:
-        if name not in known:
-            has = f"it has {', '.join(known)}" if known else "it has none"
-            raise UserError(f"this model has no slider {name!r}; {has}")
+        _check_name(name, known)
     columns = [_column(values.get(name)) for name in known]
     rows, places = (max(column.shape[axis] for column in columns) for axis in (0, 1))
     for name, column in zip(known, columns, strict=True):
