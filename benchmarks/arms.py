@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from benchmarks.measure import DEVICE
 from ncn import ModulatedTransformer, NCNConfig
-from ncn.config import Recipe
-from ncn.experiments.arms import widened_baseline
-from ncn.memory import keep_freed_memory
-from ncn.signals import homeostatic_loss
+from ncn.config.recipe import Recipe
+from ncn.core.signals.table import homeostatic_loss
+from ncn.lab.arms import widened_baseline
+from ncn.machine.memory import keep_freed_memory
 
 CLIP = 1.0
 

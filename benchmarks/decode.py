@@ -15,7 +15,7 @@ import torch
 from benchmarks.arms import OURS, gpt2, our_model
 from benchmarks.measure import DEVICE, PRECISIONS, interleaved, memory_bandwidth, ratio
 from ncn import ModulatedTransformer
-from ncn.generate import generate_tokens
+from ncn.inference.decoding import generate_tokens
 
 PRESET = "published-18m"
 PROMPT, NEW = 32, 128

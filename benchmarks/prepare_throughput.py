@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import ratio, seconds
-from ncn.data import Manifest
-from ncn.encoding import usable_cores
-from ncn.prepare import prepare
-from ncn.sources import open_source
-from ncn.tokenizer import Tokenizer
+from ncn.data.manifest import Manifest
+from ncn.data.prepare import prepare
+from ncn.data.sources import open_source
+from ncn.data.tokenizer import Tokenizer
+from ncn.machine.devices import usable_cores
 
 SAMPLE = "tinystories-sample"
 

@@ -54,7 +54,7 @@ def valid(data: Path) -> Path:
 @pytest.fixture(scope="session")
 def finished(data: Path, valid: Path) -> Path:
     """The run folder of an uninterrupted training by `tiny.recipe()`. Do not change it."""
-    from ncn.train import train
+    from ncn.training.train import train
     from tiny import recipe
 
     out = data.with_name("finished")

@@ -19,8 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ncn
-from ncn.data import TokenDataset
-from ncn.runs import describe_environment, write_json
+from ncn.data.dataset import TokenDataset
+from ncn.machine.environment import describe_environment
+from ncn.machine.files import write_json
 
 PROMPT = "Once upon a time, a brave little goat"
 SCANNED = "Timmy wanted an apple. He looked in the box, but it was empty."

@@ -1,11 +1,11 @@
-"""Do two checkouts compute the same? Train, write, compare, diagnose, scan and retrofit with both, and hold it side by side.
+"""Do two checkouts compute the same? Train, write, compare, diagnose, scan and retrofit with both.
 
 Usage: python tools/compare_versions.py OTHER_CHECKOUT --out DIR
 
 Everything is computed with the checkout at OTHER_CHECKOUT, kept in DIR/other and not computed again, and then with the
 one that this file belongs to, in DIR/this. Numbers, texts and weights must be equal bit for bit; what depends on the
 clock or the machine is left out. Then this checkout continues a run that the other was interrupted in, and reads the
-model and the controller that the other saved. Ends with 0 if nothing differs. It needs the extra "hf", and some minutes.
+model and the controller that the other saved. Ends with 0 if nothing differs. It takes some minutes.
 """
 
 import argparse
@@ -228,11 +228,13 @@ def main() -> None:
     for path in (across / "run").rglob("*.safetensors"):
         same = across / "continued" / path.relative_to(across / "run")
         problems += [f"continued/{problem}" for problem in compared(path, same)] if same.is_file() else []
-    problems += [f"continued/{found}" for found in compared(across / "run" / "metrics.jsonl", across / "continued" / "metrics.jsonl")]  # fmt: skip
+    whole, continued = (across / run / "metrics.jsonl" for run in ("run", "continued"))
+    problems += [f"continued/{found}" for found in compared(whole, continued)]
     (across / "written.json").unlink()
     ncn("evaluate", "sliders", "--data", "valid", "--max-tokens", "4000", "--json", "again.json")
     ncn("-c", LOGITS, "base", "retrofit/model", "again.safetensors", module=False)
-    problems += [f"read again: {found}" for found in compared(across / "logits.safetensors", across / "again.safetensors")]  # fmt: skip
+    logits = (across / f"{name}.safetensors" for name in ("logits", "again"))
+    problems += [f"read again: {found}" for found in compared(*logits)]
     print(f"{number} files compared; {len(problems)} differences")
     for problem in problems[:60]:
         print("  ", problem)

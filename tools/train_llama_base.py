@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ncn.config import TrainConfig
-from ncn.data import TokenDataset
-from ncn.devices import arithmetic, find_device
-from ncn.optimizers import learning_rate_factor, load_optimizer_state, optimizer_state
-from ncn.progress import TrainingProgress
-from ncn.runs import RunFolder
+from ncn.config.training import TrainConfig
+from ncn.data.dataset import TokenDataset
+from ncn.machine.devices import arithmetic, find_device
+from ncn.machine.progress import TrainingProgress
+from ncn.training.optimizers import learning_rate_factor, load_optimizer_state, optimizer_state
+from ncn.training.run_folder import RunFolder
 
 CONTEXT = 256
 EVERY = 50

@@ -8,43 +8,45 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ncn import published
-    from ncn.brain_scan import Scan
-    from ncn.cache import Cache
-    from ncn.config import ControllerConfig, NCNConfig, Recipe, TrainConfig
-    from ncn.data import TokenDataset
+    from ncn.config.model import ControllerConfig, NCNConfig
+    from ncn.config.recipe import Recipe
+    from ncn.config.training import TrainConfig
+    from ncn.core.cache import Cache
+    from ncn.core.model import ModelOutput, ModulatedTransformer
+    from ncn.core.types import ControlInputs
+    from ncn.data.dataset import TokenDataset
+    from ncn.data.tokenizer import Tokenizer
     from ncn.diagnosis import Diagnosis, diagnose
     from ncn.errors import UserError
-    from ncn.evaluate import bits_per_byte
-    from ncn.model import ModelOutput, ModulatedTransformer
+    from ncn.inference.evaluate import bits_per_byte
+    from ncn.models import published
+    from ncn.models.saved import load, save_model
     from ncn.retrofit import attach, load_controller  # noqa: F401 - public, and not in __all__
-    from ncn.scanner import scan
-    from ncn.store import load, save_model
-    from ncn.tokenizer import Tokenizer
-    from ncn.types import ControlInputs
+    from ncn.scans.recording import scan
+    from ncn.scans.scan import Scan
 
 _HOMES = {
-    "Cache": "cache",
-    "ControlInputs": "types",
+    "Cache": "core.cache",
+    "ControlInputs": "core.types",
     "ControllerConfig": "config",
     "Diagnosis": "diagnosis",
-    "ModelOutput": "model",
-    "ModulatedTransformer": "model",
+    "ModelOutput": "core.model",
+    "ModulatedTransformer": "core.model",
     "NCNConfig": "config",
     "Recipe": "config",
-    "Scan": "brain_scan",
-    "TokenDataset": "data",
-    "Tokenizer": "tokenizer",
+    "Scan": "scans.scan",
+    "TokenDataset": "data.dataset",
+    "Tokenizer": "data.tokenizer",
     "TrainConfig": "config",
     "UserError": "errors",
     "attach": "retrofit",
-    "bits_per_byte": "evaluate",
+    "bits_per_byte": "inference.evaluate",
     "diagnose": "diagnosis",
-    "load": "store",
+    "load": "models.saved",
     "load_controller": "retrofit",
-    "published": "published",
-    "save_model": "store",
-    "scan": "scanner",
+    "published": "models",
+    "save_model": "models.saved",
+    "scan": "scans.recording",
 }
 
 __all__ = [
@@ -73,8 +75,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ncn' has no attribute {name!r}")
-    module = import_module(f"ncn.{_HOMES[name]}")
-    value = module if name == "published" else getattr(module, name)
+    home = f"ncn.{_HOMES[name]}"
+    value = import_module(f"{home}.{name}") if name == "published" else getattr(import_module(home), name)
     globals()[name] = value
     return value
 

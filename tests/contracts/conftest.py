@@ -3,7 +3,7 @@
 import pytest
 
 from contracts.variants import variants
-from ncn.config import NCNConfig
+from ncn.config.model import NCNConfig
 
 
 @pytest.fixture(params=list(variants), ids=str)

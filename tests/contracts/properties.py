@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from ncn.cache import Cache
-from ncn.config import NCNConfig
-from ncn.model import ModulatedTransformer
-from ncn.reference import reference
+from ncn.config.model import NCNConfig
+from ncn.core.cache import Cache
+from ncn.core.model import ModulatedTransformer
+from ncn.core.reference import reference
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 """How closely the same function must agree with itself in float64, when sums are taken in another order."""

@@ -5,9 +5,10 @@ import torch
 
 from contracts import properties
 from contracts.variants import SEPARATOR, VOCABULARY, awake, text, variants
-from ncn.config import NCNConfig, presets
-from ncn.costs import parameter_groups
-from ncn.model import ModulatedTransformer
+from ncn.config.model import NCNConfig
+from ncn.config.presets import presets
+from ncn.core.model import ModulatedTransformer
+from ncn.core.parameters import parameter_groups
 
 BORDERS = (0, 5, 14, 15, 16, 17, 31, 32)
 """Positions around the borders of documents and of the chunks of the salience pooling."""

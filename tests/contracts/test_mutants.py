@@ -7,18 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import ncn.controller
-import ncn.model
+import ncn.core.controller.controller as controller_module
+import ncn.core.layers as layers_module
+import ncn.core.model as model_module
 from contracts import properties
 from contracts.variants import SEPARATOR, VOCABULARY, awake, config, text, variants
-from ncn.cache import Cache
-from ncn.config import NCNConfig
-from ncn.controller import ControllerNetwork
-from ncn.model import Attention, ModulatedTransformer
-from ncn.modulation import UNMODULATED
-from ncn.phasic import convolve
-from ncn.salience import SalienceState, pool
-from ncn.signals import SIGNALS
+from ncn.config.model import NCNConfig
+from ncn.core.cache import Cache
+from ncn.core.controller.controller import ControllerNetwork
+from ncn.core.controller.phasic import convolve
+from ncn.core.controller.salience import SalienceState, pool
+from ncn.core.layers import Attention
+from ncn.core.model import ModulatedTransformer
+from ncn.core.signals.modulation import UNMODULATED
+from ncn.core.signals.table import SIGNALS
 
 Patch = pytest.MonkeyPatch
 Mutant = Callable[[Patch], None]
@@ -31,21 +33,21 @@ def leaky_pool(patch: Patch) -> None:
         mean = (scores.softmax(1)[..., None] * values).sum(1, keepdim=True).expand_as(values)
         return SalienceState(scores, mean, segments)
 
-    patch.setattr(ncn.controller, "pool", leaky)
+    patch.setattr(controller_module, "pool", leaky)
 
 
 def pool_one_token_ahead(patch: Patch) -> None:
     def ahead(scores, values, decay, segments=None, past=None):
         return pool(scores.roll(-1, 1), values.roll(-1, 1), decay, segments, past)
 
-    patch.setattr(ncn.controller, "pool", ahead)
+    patch.setattr(controller_module, "pool", ahead)
 
 
 def phasic_one_token_ahead(patch: Patch) -> None:
     def ahead(inputs, filters, segments=None, past=None, past_segments=None):
         return convolve(inputs, filters, segments, past, past_segments) + F.pad(inputs, (0, 0, 0, 1))[:, 1:]
 
-    patch.setattr(ncn.controller, "convolve", ahead)
+    patch.setattr(controller_module, "convolve", ahead)
 
 
 def attention_without_a_mask(patch: Patch) -> None:
@@ -62,13 +64,13 @@ def salience_without_past(patch: Patch) -> None:
 
 
 def phasic_without_past(patch: Patch) -> None:
-    patch.setattr(ncn.controller, "convolve", lambda inputs, filters, *past: convolve(inputs, filters))
+    patch.setattr(controller_module, "convolve", lambda inputs, filters, *past: convolve(inputs, filters))
 
 
 def continued_positions_from_zero(patch: Patch) -> None:
-    original = ncn.model.positions_in_segment
+    original = model_module.positions_in_segment
     patch.setattr(
-        ncn.model,
+        model_module,
         "positions_in_segment",
         lambda segments, cache, start, tokens, device: original(segments, cache, 0, tokens, device),
     )
@@ -76,14 +78,14 @@ def continued_positions_from_zero(patch: Patch) -> None:
 
 def positions_that_count_padding(patch: Patch) -> None:
     patch.setattr(
-        ncn.model,
+        model_module,
         "positions_in_segment",
         lambda segments, cache, start, tokens, device: torch.arange(start, start + tokens)[None],
     )
 
 
 def segments_ignored(patch: Patch) -> None:
-    patch.setattr(ncn.model, "find_segments", lambda *arguments: None)
+    patch.setattr(model_module, "find_segments", lambda *arguments: None)
 
 
 def segments_ignored_by_the_pool(patch: Patch) -> None:
@@ -91,14 +93,14 @@ def segments_ignored_by_the_pool(patch: Patch) -> None:
         past = None if past is None else past._replace(segment=None)
         return pool(scores, values, decay, None, past)
 
-    patch.setattr(ncn.controller, "pool", blind)
+    patch.setattr(controller_module, "pool", blind)
 
 
 def segments_ignored_by_the_phasic_filter(patch: Patch) -> None:
     def blind(inputs, filters, segments=None, past=None, past_segments=None):
         return convolve(inputs, filters, None, past)
 
-    patch.setattr(ncn.controller, "convolve", blind)
+    patch.setattr(controller_module, "convolve", blind)
 
 
 def attention_hook(change: Callable[[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]) -> Mutant:
@@ -129,9 +131,9 @@ def signal_skipped(name: str) -> Mutant:
     """A mutant whose layers never hear of a signal."""
 
     def mutate(patch: Patch) -> None:
-        original = ncn.model.layer_factors
+        original = model_module.layer_factors
         patch.setattr(
-            ncn.model,
+            model_module,
             "layer_factors",
             lambda signals, **options: original(
                 {other: signal for other, signal in signals.items() if other != name}, **options
@@ -147,9 +149,9 @@ film_skipped = signal_skipped("norm_film")
 
 
 def last_layer_forgets_its_signals(patch: Patch) -> None:
-    original = ncn.model.layer_factors
+    original = model_module.layer_factors
     patch.setattr(
-        ncn.model, "layer_factors", lambda *signals, **options: [*original(*signals, **options)[:-1], UNMODULATED]
+        model_module, "layer_factors", lambda *signals, **options: [*original(*signals, **options)[:-1], UNMODULATED]
     )
 
 
@@ -157,25 +159,25 @@ def slower_decay(patch: Patch) -> None:
     def slower(scores, values, decay, segments=None, past=None):
         return pool(scores, values, 0.99 * decay, segments, past)
 
-    patch.setattr(ncn.controller, "pool", slower)
+    patch.setattr(controller_module, "pool", slower)
 
 
 def decay_without_gradient(patch: Patch) -> None:
     def constant(scores, values, decay, segments=None, past=None):
         return pool(scores, values, decay.detach(), segments, past)
 
-    patch.setattr(ncn.controller, "pool", constant)
+    patch.setattr(controller_module, "pool", constant)
 
 
 def rotated_by_neighbours(patch: Patch) -> None:
     """Pairs (2i, 2i + 1) turn instead of (i, i + width/2)."""
-    original = ncn.model.rotate
+    original = layers_module.rotate
 
     def rotate(x, rotation):
         first, second = original(torch.cat([x[..., ::2], x[..., 1::2]], -1), rotation).chunk(2, -1)
         return torch.stack([first, second], -1).flatten(-2)
 
-    patch.setattr(ncn.model, "rotate", rotate)
+    patch.setattr(layers_module, "rotate", rotate)
 
 
 class SalienceStaysInPlace(Cache):

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncn.config import NCNConfig
-from ncn.model import ModulatedTransformer
+from ncn.config.model import NCNConfig
+from ncn.core.model import ModulatedTransformer
 
 VOCABULARY = 23
 SEPARATOR = 0

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ncn.cli.app import app, fail
-from ncn.config import presets
+from ncn.cli.app import app, fail, parse_count
+from ncn.config.presets import presets
 from ncn.errors import UserError
 
 
@@ -57,8 +57,8 @@ def ab(
         raise UserError("give --preset or --config, not both; a recipe file may itself hold `preset: NAME`")
     if launcher not in ("local", "ray"):
         raise UserError(f"unknown launcher {launcher!r}; launchers: local, ray")
-    from ncn.experiments.ab import run_ab
-    from ncn.stopping import Interrupted
+    from ncn.experiments.ab.run import run_ab
+    from ncn.machine.stopping import Interrupted
 
     changes = [*(settings or [])]
     if tokens is not None:
@@ -85,15 +85,6 @@ def ab(
         print(f"take care: {warning}")
     for path in report.files:
         print(path)
-
-
-def parse_count(text: str) -> int:
-    """A whole number, perhaps in thousands (k), millions (M) or billions (B, G): 200k, 3.3M, 1_000_000."""
-    found = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKmMbBgG]?)", text.strip())
-    if not found:
-        raise UserError(f"a number of tokens is written 200000, 200k or 3.3M, got {text!r}")
-    scale = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}[found[2].lower()]
-    return round(float(found[1]) * scale)
 
 
 def parse_variant(text: str) -> tuple[str, list[str]]:

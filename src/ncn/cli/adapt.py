@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ncn.cli.ab import parse_count
-from ncn.cli.app import app, fail
+from ncn.cli.app import app, fail, parse_count
 
 
 @app.command()
@@ -39,8 +38,8 @@ def adapt(
     on the old one, and what it costs. All data is prepared with the base's tokenizer. The same command again goes on
     where an interrupted one stopped.
     """
-    from ncn.experiments.adapt import run_adaptation
-    from ncn.stopping import Interrupted
+    from ncn.experiments.adaptation.run import run_adaptation
+    from ncn.machine.stopping import Interrupted
 
     try:
         report = run_adaptation(

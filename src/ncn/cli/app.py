@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, get_args, get_origin
 
 import typer
 
-from ncn.config import ControllerConfig, NCNConfig, TrainConfig
+from ncn.config.model import ControllerConfig, NCNConfig
+from ncn.config.training import TrainConfig
 from ncn.errors import UserError
-from ncn.memory import keep_freed_memory
+from ncn.machine.memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    from ncn.data import TokenDataset
-    from ncn.tokenizer import Tokenizer
+    from ncn.data.dataset import TokenDataset
+    from ncn.data.tokenizer import Tokenizer
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -91,8 +93,8 @@ def open_dataset(data: str, tokenizer: Tokenizer, into: Path) -> TokenDataset:
     """A prepared folder as it is; anything else is prepared in the folder `into`, with the model's tokenizer."""
     import tempfile
 
-    from ncn.data import TokenDataset
-    from ncn.prepare import prepare
+    from ncn.data.dataset import TokenDataset
+    from ncn.data.prepare import prepare
 
     if Path(data).is_dir():
         return TokenDataset.open(data)
@@ -108,3 +110,12 @@ def format_size(count: int) -> str:
             return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
         count /= 1024  # type: ignore[assignment]
     return f"{count:.1f} TiB"
+
+
+def parse_count(text: str) -> int:
+    """A whole number, perhaps in thousands (k), millions (M) or billions (B, G): 200k, 3.3M, 1_000_000."""
+    found = re.fullmatch(r"([0-9][0-9_]*(?:\.[0-9]+)?)\s*([kKmMbBgG]?)", text.strip())
+    if not found:
+        raise UserError(f"a number of tokens is written 200000, 200k or 3.3M, got {text!r}")
+    scale = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}[found[2].lower()]
+    return round(float(found[1]) * scale)

@@ -16,8 +16,8 @@ def demo(
     settings: Annotated[list[str] | None, typer.Argument(help="Settings to change, such as tokens=500000.")] = None,
 ) -> None:
     """Train `mini` and its static twin on the bundled stories, compare them, tell a story, draw a brain scan."""
-    from ncn.experiments.demo import run_demo
-    from ncn.stopping import Interrupted
+    from ncn.experiments.demo.run import run_demo
+    from ncn.machine.stopping import Interrupted
 
     try:
         result = run_demo(out, overrides=tuple(settings or []))

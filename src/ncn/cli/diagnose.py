@@ -27,9 +27,9 @@ def diagnose(
     from ncn.diagnosis import DEFAULT_TOKENS
     from ncn.diagnosis import diagnose as run
     from ncn.diagnosis.readers import reader_of
-    from ncn.evaluate import check_vocabulary
-    from ncn.runs import RunFolder
-    from ncn.store import load
+    from ncn.inference.reading import check_vocabulary
+    from ncn.models.saved import load
+    from ncn.training.run_folder import RunFolder
 
     loaded, tokenizer = load(model)
     reader = reader_of(loaded)  # a model without signals is refused before its text is prepared

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ncn.cli.app import app, fail
-from ncn.config import presets
+from ncn.config.presets import presets
 from ncn.errors import UserError
 
 
@@ -38,9 +38,9 @@ def domains(
     """
     if preset and config:
         raise UserError("give --preset or --config, not both; a recipe file may itself hold `preset: NAME`")
-    from ncn.cli.ab import parse_count
-    from ncn.experiments.domains import run_domains
-    from ncn.stopping import Interrupted
+    from ncn.cli.app import parse_count
+    from ncn.experiments.domains.run import run_domains
+    from ncn.machine.stopping import Interrupted
 
     changes = [*(settings or []), *([f"train.tokens={parse_count(tokens)}"] if tokens else [])]
     try:

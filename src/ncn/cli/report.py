@@ -13,7 +13,7 @@ from ncn.cli.app import app
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Experiment folder made by `ncn ab`.")]) -> None:
     """Write the report of an experiment, finished or not, to DIR/report: numbers, figures, and a page to read."""
-    from ncn.experiments.report import report as run
+    from ncn.experiments.ab.report import report as run
 
     result = run(folder)
     print(result.sentence)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ncn.cli.app import app, fail
-from ncn.config import Recipe
+from ncn.config.recipe import Recipe
 from ncn.errors import UserError
 
 SIZES = "32,64,96,128,160,192"
@@ -28,7 +28,7 @@ def efficiency(
     ] = "auto",
 ) -> None:
     """Compare what each token bought: power laws, tokens to a loss, and whether a run has converged."""
-    from ncn.experiments.efficiency import measure, sentences, write_report
+    from ncn.experiments.efficiency.run import measure, sentences, write_report
 
     if loss not in ("auto", "training", "validation"):
         raise UserError(f"--loss is {loss!r}; it must be auto, training or validation")
@@ -76,7 +76,7 @@ def scale(
     """
     if preset and config:
         raise UserError("give --preset or --config, not both; a recipe file may itself hold `preset: NAME`")
-    from ncn.cli.ab import parse_count
+    from ncn.cli.app import parse_count
 
     tokens = [parse_count(part) for part in budgets.split(",")]
     if plan:
@@ -87,8 +87,8 @@ def scale(
         return
     if out is None:
         raise UserError("name the folder of the ladder with --out; or see what it would cost with --plan")
-    from ncn.experiments.scale import run_scale
-    from ncn.stopping import Interrupted
+    from ncn.experiments.scaling.run import run_scale
+    from ncn.machine.stopping import Interrupted
 
     try:
         files = run_scale(
@@ -106,7 +106,7 @@ def scale(
         )
     except Interrupted as stop:
         fail(f"{stop}; to go on, give the same command again", 130)
-    from ncn.runs import read_json
+    from ncn.machine.files import read_json
 
     print()
     for sentence in read_json(out / "scaling.json")["sentences"]:
@@ -118,7 +118,7 @@ def scale(
 def _print_plan(
     source: str | Path, settings: list[str], sizes: str, budgets: list[int], seeds: int, device: dict[str, float]
 ) -> None:
-    from ncn.experiments.ladder import Device, build_ladder, describe_full_plan, full_plan
+    from ncn.experiments.scaling.ladder import Device, build_ladder, describe_full_plan, full_plan
 
     rungs = build_ladder(Recipe.read(source, settings), sizes)
     name = "an H100" if device["teraflops"] == Device.teraflops else "a device"

@@ -10,8 +10,8 @@ import typer
 from ncn.cli.app import app, open_dataset
 
 if TYPE_CHECKING:
-    from ncn.data import TokenDataset
-    from ncn.tokenizer import Tokenizer
+    from ncn.data.dataset import TokenDataset
+    from ncn.data.tokenizer import Tokenizer
 
 
 @app.command()
@@ -60,8 +60,8 @@ def steer(
     What is measured for one slider of one model is kept; the same command after a kill goes on from there.
     """
     from ncn.errors import UserError
-    from ncn.experiments.steering import steer as run
-    from ncn.store import load
+    from ncn.experiments.steering.run import steer as run
+    from ncn.models.saved import load
 
     def named(paths: list[str]) -> dict[str, str]:
         return {Path(path).resolve().name if Path(path).exists() else path: path for path in paths}
@@ -98,7 +98,7 @@ def steer(
 
 def _measured_data(data: str, tokenizer: Tokenizer, out: Path) -> TokenDataset:
     """A dataset folder as it is; anything else is prepared and measured in `out`, once."""
-    from ncn.attributes import TABLE, write_attributes
+    from ncn.steering.attributes import TABLE, write_attributes
 
     dataset = open_dataset(data, tokenizer, out / "data")
     if not Path(data).is_dir() and not (out / "data" / TABLE).is_file():

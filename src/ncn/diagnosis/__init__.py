@@ -5,6 +5,6 @@ reads the corpus again with signals held still (`freezing`), adds worked example
 """
 
 from ncn.diagnosis.readers import Reader
-from ncn.diagnosis.whole import DEFAULT_TOKENS, Diagnosis, diagnose
+from ncn.diagnosis.run import DEFAULT_TOKENS, Diagnosis, diagnose
 
 __all__ = ["DEFAULT_TOKENS", "Diagnosis", "Reader", "diagnose"]

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ncn.diagnosis.inference import PERMUTATIONS, Resampling, interval, p_value
+from ncn.data.tokenizer import Tokenizer
 from ncn.diagnosis.record import Floats, Ids, Record
-from ncn.tokenizer import Tokenizer
+from ncn.statistics.resampling import PERMUTATIONS, Resampling, interval, p_value
 
 REACH = 4
 """Tokens shown before and after an event."""

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ncn.brain_scan import Scan
-from ncn.diagnosis.inference import interval
+from ncn.data.tokenizer import Tokenizer
 from ncn.diagnosis.readers import Reader
 from ncn.diagnosis.record import Floats, Ids, Record, Text, read_texts
-from ncn.tokenizer import Tokenizer
+from ncn.scans.scan import Scan
+from ncn.statistics.resampling import interval
 
 ORDER_PAIR = ("the dog chased the cat.", "the cat chased the dog.")
 PLOT_TWIST = "Timmy wanted an apple. He looked in the box, but it was empty."

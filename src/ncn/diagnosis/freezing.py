@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ncn.diagnosis.inference import Resampling
 from ncn.diagnosis.readers import Reader
 from ncn.diagnosis.record import Advance, Floats, Record, Text, read_texts
+from ncn.statistics.resampling import Resampling
 
 WAYS = ("neutral", "mean", "layer_mean", "shuffled")
 

@@ -14,13 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ncn.core.model import ModulatedTransformer
+from ncn.core.operations.loss import IGNORED
+from ncn.core.signals.table import SIGNALS, Frozen, range_map
+from ncn.core.types import TokenIds
 from ncn.errors import UserError
-from ncn.loss import IGNORED
-from ncn.model import Frozen, ModulatedTransformer
-from ncn.published import SIGNALS as PUBLISHED_SIGNALS
-from ncn.published import NonCausalWarning, PublishedNCN
-from ncn.signals import SIGNALS, range_map
-from ncn.types import TokenIds
+from ncn.models.published import SIGNALS as PUBLISHED_SIGNALS
+from ncn.models.published import NonCausalWarning, PublishedNCN
 
 Losses = Float[Tensor, "batch tokens"]
 

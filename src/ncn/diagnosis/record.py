@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ncn.data import TokenDataset
+from ncn.core.operations.loss import IGNORED
+from ncn.data.dataset import TokenDataset
 from ncn.diagnosis.readers import Reader
 from ncn.errors import UserError
-from ncn.loss import IGNORED
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.floating]

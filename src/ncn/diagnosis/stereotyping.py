@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ncn.diagnosis.inference import FEWEST, PERMUTATIONS, RESAMPLES, Resampling, interval, p_value
+from ncn.data.tokenizer import Tokenizer
 from ncn.diagnosis.readers import Reader
 from ncn.diagnosis.record import SHORTEST, Floats, Ids, Record, Text, read_texts
 from ncn.diagnosis.variance import text_borders
-from ncn.tokenizer import Tokenizer
+from ncn.statistics.resampling import FEWEST, PERMUTATIONS, RESAMPLES, Resampling, interval, p_value
 
 KEYWORDS = (
     ("dog", "ball", "park"),

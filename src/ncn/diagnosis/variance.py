@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ncn.diagnosis.inference import PERMUTATIONS, Resampling, p_value
 from ncn.diagnosis.record import Floats, Record
+from ncn.statistics.resampling import PERMUTATIONS, Resampling, p_value
 
 STAGES = ("identity", "position", "bag")
 PARTS = ("layers", "sites", "tokens_alike", "tokens_apart")

@@ -5,7 +5,7 @@ Importing this package makes the Auto classes know the model type "ncn"; they do
     import ncn.hf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder)  # from training, `ncn.store.save_model` or `save_pretrained`
+    model = AutoModelForCausalLM.from_pretrained(folder)  # from training, `ncn.save_model` or `save_pretrained`
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
 What `save_pretrained` writes, `ncn.load` reads.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache as TransformersCache
 
-from ncn.cache import Cache
+from ncn.core.cache import Cache
 
 
 class HostedCache(Cache):

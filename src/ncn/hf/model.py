@@ -20,15 +20,14 @@ from transformers import Cache as TransformersCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from ncn.config import NCNConfig
-from ncn.given import Given, InstructionIds, SliderValues, TaskValues
+from ncn.config.model import MODEL_TYPE, NCNConfig, standard_fields
+from ncn.core.model import ModulatedTransformer
+from ncn.core.operations.loss import IGNORED
+from ncn.core.signals.table import homeostatic_loss
+from ncn.core.types import ControlInputs
 from ncn.hf.cache import HostedCache
 from ncn.hf.guidance import Settings, second_reading
-from ncn.loss import IGNORED
-from ncn.model import ModulatedTransformer
-from ncn.signals import homeostatic_loss
-from ncn.store import MODEL_TYPE, standard_fields
-from ncn.types import ControlInputs
+from ncn.steering.values import Given, InstructionIds, SliderValues, TaskValues
 
 
 @no_type_check  # by the shape checks of the tests, which do not know that __init__ takes more than the fields

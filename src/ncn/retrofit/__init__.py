@@ -18,6 +18,6 @@ except ImportError:
 
 from ncn.retrofit.attach import AttachedController, attach
 from ncn.retrofit.families import FAMILIES, Family
-from ncn.retrofit.files import load_controller
+from ncn.retrofit.loading import load_controller
 
 __all__ = ["FAMILIES", "AttachedController", "Family", "attach", "load_controller"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ncn.config import ControllerConfig
-from ncn.costs import controller_parameters
+from ncn.config.model import ControllerConfig
+from ncn.core.parameters import controller_parameters
 from ncn.errors import UserError
 from ncn.retrofit.attach import attach
 from ncn.retrofit.families import core_config

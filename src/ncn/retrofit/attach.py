@@ -18,23 +18,23 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from ncn.cache import Cache
-from ncn.config import ControllerConfig
-from ncn.controller import SignalSource, signal_source
+from ncn.config.model import ControllerConfig
+from ncn.core.cache import Cache
+from ncn.core.controller.controller import SignalSource, signal_source
+from ncn.core.segments import find_segments
+from ncn.core.signals.modulation import Factors, layer_factors, scale
+from ncn.core.signals.table import SIGNALS, Frozen, SignalLayout, freeze, homeostatic_loss
+from ncn.core.types import ControlInputs
 from ncn.errors import UserError
-from ncn.given import SliderValues, TaskValues
 from ncn.hf.cache import state_of
-from ncn.model import Frozen, freeze
-from ncn.modulation import Factors, layer_factors, scale
 from ncn.retrofit.attention import CARRIER, use_sharpened_attention
 from ncn.retrofit.families import Family, core_config, family_of, find_sites
+from ncn.retrofit.files import save_controller
 from ncn.retrofit.guidance import use_guidance
 from ncn.retrofit.inputs import InputsAt, Instruction, inputs_at, stretch
 from ncn.retrofit.masks import real_tokens
 from ncn.retrofit.probe import check_sites
-from ncn.segments import find_segments
-from ncn.signals import SIGNALS, SignalLayout, homeostatic_loss
-from ncn.types import ControlInputs
+from ncn.steering.values import SliderValues, TaskValues
 
 NAME = "ncn_controller"
 """What the controller is called among the model's modules while it is attached."""
@@ -114,7 +114,7 @@ class AttachedController:
         self._undo: list[Callable[[], object]] = [use_sharpened_attention(self.decoder)]
         try:
             self._add_hooks()
-            check_sites(self)
+            check_sites(model, self.decoder, self.core_config, self._probed)
         except BaseException:
             self._undo_all()
             raise
@@ -225,9 +225,7 @@ class AttachedController:
 
         `base_name`, the base's folder or hub name, lets `ncn.load` and the command line find the base by themselves.
         """
-        from ncn.retrofit.files import save_controller
-
-        save_controller(self, Path(folder), base_name)
+        save_controller(self.controller, self.config, self.model, Path(folder), base_name)
 
     def detach(self) -> None:
         """Take the controller off. The model is as it was before `attach`; the handle's parameters remain."""
@@ -237,6 +235,16 @@ class AttachedController:
         self.current, self._last, self._last_mask = {}, {}, None
 
     # How it gets there
+
+    @contextmanager
+    def _probed(self, factors: dict[int, Factors]) -> Iterator[None]:
+        """These factors in the signals' place, inside a `with` block."""
+        self.probe = factors
+        try:
+            yield
+        finally:
+            self.probe = None
+            self.current = {}
 
     def _enter_model(self, freeze_base: bool) -> None:
         """Among the model's modules, where `to`, `train` and optimizers find it."""

@@ -15,8 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ncn.core.signals.modulation import scale
 from ncn.errors import UserError
-from ncn.modulation import scale
 
 CARRIER = "ncn_signals"
 """The keyword argument in which a forward pass carries its signals to every layer and attention function."""

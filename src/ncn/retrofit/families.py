@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ncn.config import ControllerConfig, NCNConfig
+from ncn.config.model import ControllerConfig, NCNConfig
 from ncn.errors import UserError
 
 LONGEST_MEMORY = 2048

@@ -7,13 +7,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ncn.cache import Cache
-from ncn.config import NCNConfig
-from ncn.control_inputs import mean_embedding
+from ncn.config.model import NCNConfig
+from ncn.core.cache import Cache
+from ncn.core.controller.inputs import mean_embedding
+from ncn.core.types import ControlInputs
+from ncn.data.tokenizer import Tokenizer
 from ncn.errors import UserError
-from ncn.given import Given, InstructionIds, SliderValues, TaskValues, instruction_ids
-from ncn.tokenizer import Tokenizer
-from ncn.types import ControlInputs
+from ncn.steering.values import Given, InstructionIds, SliderValues, TaskValues, instruction_ids
 
 Instruction = str | Sequence[str | None] | InstructionIds
 InputsAt = Callable[[int, int, int], ControlInputs | None]

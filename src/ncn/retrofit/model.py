@@ -14,20 +14,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from ncn.cache import Cache
-from ncn.config import NCNConfig, Recipe
-from ncn.control_inputs import check_inputs
-from ncn.data import TokenDataset
+from ncn.config.model import CONTROLLER, NCNConfig
+from ncn.config.recipe import Recipe
+from ncn.core.cache import Cache
+from ncn.core.controller.inputs import check_inputs
+from ncn.core.model import ModulatedTransformer
+from ncn.core.signals.table import Frozen
+from ncn.core.types import ControlInputs, Hidden
+from ncn.data.dataset import TokenDataset
+from ncn.data.tokenizer import HUB_FILES, Tokenizer
 from ncn.errors import UserError
-from ncn.hub import from_hub, is_hub_name
-from ncn.model import Frozen, ModulatedTransformer
+from ncn.machine.files import read_json
+from ncn.machine.hub import from_hub, is_hub_name
 from ncn.retrofit.attach import AttachedController, attach
 from ncn.retrofit.families import core_config
-from ncn.retrofit.files import load_controller
-from ncn.runs import read_json
-from ncn.store import CONTROLLER
-from ncn.tokenizer import HUB_FILES, Tokenizer
-from ncn.types import ControlInputs, Hidden
+from ncn.retrofit.loading import load_controller
 
 TRAINING = {"tokens": 1_000_000, "batch_size": 8, "context": 256, "learning_rate": 1e-2}
 """What a controller on a base is trained with unless the recipe says otherwise."""

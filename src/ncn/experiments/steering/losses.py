@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ncn.attributes import DocumentSliders
-from ncn.data import TokenDataset
-from ncn.loss import IGNORED
-from ncn.model import ModulatedTransformer
-from ncn.types import ControlInputs
+from ncn.core.model import ModulatedTransformer
+from ncn.core.operations.loss import IGNORED
+from ncn.core.types import ControlInputs
+from ncn.data.dataset import TokenDataset
+from ncn.steering.attributes import DocumentSliders
 
 Array = npt.NDArray[np.float64]
 _RESAMPLES = 2000

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ncn.page import origin, table, write_page
+from ncn.pages.page import origin, table, write_page
 
 _ENTER = {
     "controller": "the controller",
@@ -18,7 +18,7 @@ _ENTER = {
 
 def write_steering(results: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw the figures, write the page, and return all paths."""
-    from ncn.plot.steer import draw_comparison, draw_steering
+    from ncn.experiments.steering.figures import draw_comparison, draw_steering
 
     pictures = [folder / "steer.png", folder / "compare.png"]
     draw_steering(results, pictures[0])

@@ -16,13 +16,13 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from ncn.attributes import MEASURED, VALUES, read_table
-from ncn.data import TokenDataset
-from ncn.decoupling import Decoupling
+from ncn.core.model import ModulatedTransformer
+from ncn.data.dataset import TokenDataset
+from ncn.data.tokenizer import Tokenizer
 from ncn.errors import UserError
 from ncn.experiments.steering.obedience import SETTINGS
-from ncn.model import ModulatedTransformer
-from ncn.tokenizer import Tokenizer
+from ncn.steering.attributes import MEASURED, VALUES, read_table
+from ncn.steering.decoupling import Decoupling
 
 PROMPT_TOKENS = 8
 DISTINCT = (1, 2, 3)

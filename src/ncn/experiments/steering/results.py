@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ncn.attributes import DocumentSliders
-from ncn.evaluate import bits_per_byte
+from ncn.core.model import ModulatedTransformer
 from ncn.experiments.steering.losses import difference, mean_loss
 from ncn.experiments.steering.obedience import SETTINGS, describe, distinct, interval, resampled_spearman, spearman
 from ncn.experiments.steering.plan import DISTINCT, DISTINCT_TOKENS, PROMPT_TOKENS, Array, Arrays, Plan
-from ncn.model import ModulatedTransformer
-from ncn.runs import describe_environment
+from ncn.inference.evaluate import bits_per_byte
+from ncn.machine.environment import describe_environment
+from ncn.steering.attributes import DocumentSliders
 
 
 def summarise(

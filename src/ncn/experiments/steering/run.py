@@ -14,21 +14,20 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
-from ncn.attributes import DocumentSliders, measure, rank
-from ncn.data import TokenDataset
-from ncn.decoupling import MIDDLE, Decoupling
+from ncn.core.model import ModulatedTransformer
+from ncn.data.dataset import TokenDataset
+from ncn.data.tokenizer import Tokenizer
 from ncn.errors import UserError
-from ncn.evaluate import bits_per_byte
 from ncn.experiments.steering.losses import window_losses
 from ncn.experiments.steering.obedience import SETTINGS, distinct
 from ncn.experiments.steering.plan import DISTINCT, DISTINCT_TOKENS, PROMPT_TOKENS, Arrays, Judge, Plan
 from ncn.experiments.steering.results import summarise
 from ncn.experiments.steering.writing import one_document_a_row, write_stories
-from ncn.files import write_atomically
-from ncn.model import ModulatedTransformer
-from ncn.progress import ProgressReport
-from ncn.runs import write_json
-from ncn.tokenizer import Tokenizer
+from ncn.inference.evaluate import bits_per_byte
+from ncn.machine.files import write_atomically, write_json
+from ncn.machine.progress import ProgressReport
+from ncn.steering.attributes import DocumentSliders, measure, rank
+from ncn.steering.decoupling import MIDDLE, Decoupling
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def steer(
         temperature: of sampling; all tokens may be drawn.
         others: what the other sliders are set to; by default they are unset.
         decouple: the `steer.json` of an earlier measurement of the one model: the others are then moved with a slider
-            such that their own attributes stay where they are (`ncn.decoupling`).
+            such that their own attributes stay where they are (`ncn.steering.decoupling`).
         batch_size: stories written at once.
         loss_tokens: held-out tokens for the losses.
 

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ncn.cache import Cache
-from ncn.model import ModulatedTransformer
-from ncn.types import ControlInputs
+from ncn.core.cache import Cache
+from ncn.core.model import ModulatedTransformer
+from ncn.core.types import ControlInputs
 
 _FEWER = 0.75
 """Finished stories leave the batch when no more than this share of it is left: leaving copies the cache."""

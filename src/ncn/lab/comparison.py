@@ -1,0 +1,187 @@
+"""A comparison of arms: equal size, the same batches, each at its own best learning rate, several seeds."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ncn.config.training import TrainConfig
+from ncn.errors import UserError
+from ncn.lab.arms import BASELINE, Arm
+from ncn.lab.fleet import Job, launch
+from ncn.lab.plan import check_same_plan
+from ncn.lab.texts import Splits
+from ncn.lab.timing import measure_steps
+from ncn.lab.tuning import FACTOR, RATES, best_rate, next_rate
+from ncn.machine.devices import arithmetic, find_device, usable_cores
+from ncn.machine.environment import command_words, describe_environment
+from ncn.machine.files import read_json, write_json
+
+PILOT_SEED = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run, and where."""
+
+    out: Path
+    preset: str
+    arms: dict[str, Arm]
+    seeds: tuple[int, ...]
+    tune_tokens: int
+    splits: Splits
+
+    @property
+    def train(self) -> TrainConfig:
+        """The training that all arms share."""
+        return next(iter(self.arms.values())).recipe.train
+
+    @property
+    def tuned(self) -> list[Arm]:
+        """The arms whose learning rate is swept."""
+        return [arm for arm in self.arms.values() if arm.tuned_as == arm.name]
+
+    def tuning_job(self, arm: Arm, rate: float) -> Job:
+        return self._short_job(arm, PILOT_SEED, rate, self.out / "tuning" / arm.name / f"rate-{rate:g}")
+
+    def pilot_job(self, arm: Arm, seed: int, rate: float) -> Job:
+        if arm.name == BASELINE and seed == PILOT_SEED:
+            return self.tuning_job(arm, rate)
+        return self._short_job(arm, seed, rate, self.out / "pilot" / arm.name / f"seed-{seed}")
+
+    def job(self, arm: Arm, seed: int, rate: float) -> Job:
+        out = self.out / "runs" / arm.name / f"seed-{seed}"
+        return Job(arm.at(seed, rate), self.splits.train.folder, self.splits.validation.folder, out)
+
+    def _short_job(self, arm: Arm, seed: int, rate: float, out: Path) -> Job:
+        # validated at its end alone: a step has at least one token
+        recipe = arm.at(seed, rate, tokens=self.tune_tokens, eval_every=self.tune_tokens)
+        return Job(recipe, self.splits.train.folder, self.splits.tuning.folder, out)
+
+    def facts(self) -> dict[str, Any]:
+        """What experiment.json says of it, but for the measured times; the arms come last."""
+        context = self.train.context or next(iter(self.arms.values())).recipe.model.context_length
+        return {
+            "format": 1,
+            "preset": self.preset,
+            "tokens_per_run": self.train.tokens,
+            "tokens_per_tuning_run": self.tune_tokens,
+            "steps": math.ceil(self.train.tokens / (self.train.batch_size * context)),
+            "data": self.splits.facts(),
+            "seeds": list(self.seeds),
+            "pilot_seed": PILOT_SEED,
+            "rates": {"start": list(RATES), "factor": FACTOR},
+            "arms": {
+                name: {
+                    "label": arm.label,
+                    "role": arm.role,
+                    "recipe": arm.recipe.model_dump(mode="json"),
+                    "parameters": arm.parameters,
+                    "flops_per_token": arm.flops_per_token,
+                }
+                for name, arm in self.arms.items()
+            },
+        }
+
+
+def begin(plan: Plan, workers: int | None) -> dict[str, Any]:
+    """Write experiment.json, with the time that a step of each arm takes here; or check that the plan is the one there.
+
+    Returns what experiment.json holds.
+    """
+    path, facts = plan.out / "experiment.json", plan.facts()
+    if path.is_file():
+        before = read_json(path)
+        check_same_plan(before, facts, plan.out)
+        return before
+    threads = max(1, usable_cores() // (workers or usable_cores()))
+    seconds = measure_steps({name: arm.recipe for name, arm in plan.arms.items()}, threads)
+    for name, entry in facts["arms"].items():
+        entry["seconds_per_step"] = seconds[name]
+    device = find_device(plan.train.device)
+    environment = describe_environment(device, autocast=str(arithmetic(plan.train.precision, device)))
+    command = shlex.join(command_words())
+    write_json(path, {"command": command, "environment": environment, **facts})
+    return read_json(path)
+
+
+def describe(plan: Plan, facts: Mapping[str, Any]) -> str:
+    """A table of the arms: parameters, how far they are from the largest, FLOPs a token, milliseconds a step."""
+    largest = max(arm.parameters for arm in plan.arms.values())
+    width = max(len(name) for name in plan.arms)
+    header = f"{'arm':{width}s} {'parameters':>14s} {'gap':>8s} {'d_ff':>6s} {'MFLOPs a token':>15s} {'ms a step':>10s}"
+    rows = [header]
+    for name, arm in plan.arms.items():
+        entry = facts["arms"][name]
+        rows.append(
+            f"{name:{width}s} {arm.parameters:>14,} {(largest - arm.parameters) / largest:>8.3%} "
+            f"{arm.recipe.model.ffn_width:>6d} {arm.flops_per_token / 1e6:>15,.3f} "
+            f"{entry['seconds_per_step'] * 1e3:>10,.1f}  {arm.label}"
+        )
+    return "\n".join(rows)
+
+
+def sweep(plan: Plan, say: Callable[[str], None], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Loss of each arm at each learning rate, on the tuning split, and the best rate; also left in tuning.json.
+
+    The grid is extended while an arm's best rate lies at its edge.
+    """
+    grids = {arm.name: list(RATES) for arm in plan.tuned}
+    say(f"learning rates of {len(grids)} arms on the tuning split, {plan.tune_tokens:,} tokens a run")
+    while True:
+        places = [(arm, rate) for arm in plan.tuned for rate in grids[arm.name]]
+        summaries = launch([plan.tuning_job(arm, rate) for arm, rate in places], **options)
+        losses: dict[str, dict[float, float | None]] = {name: {} for name in grids}
+        for (arm, rate), summary in zip(places, summaries, strict=True):
+            losses[arm.name][rate] = None if summary.get("diverged") else summary["validation_loss"]
+        further = {name: next_rate(found) for name, found in losses.items()}
+        if not any(further.values()):
+            break
+        grids = {
+            name: sorted([*grid, *([beyond] if (beyond := further[name]) else [])]) for name, grid in grids.items()
+        }
+    tuning = {}
+    for name, found in losses.items():
+        best = best_rate(found)
+        if best is None:
+            raise UserError(
+                f"the arm {name} diverged at every learning rate down to {min(found):g} of the recipe's: "
+                "lower learning_rate, or raise warmup"
+            )
+        tuning[name] = {"losses": {f"{rate:g}": found[rate] for rate in sorted(found)}, "best": f"{best:g}"}
+        row = "  ".join(f"x{rate:g}: {'diverged' if loss is None else f'{loss:.4f}'}" for rate, loss in found.items())
+        edge = " (at the edge of the grid)" if best in (min(found), max(found)) else ""
+        say(f"  {name}: best at x{best:g}{edge}   {row}")
+    write_json(plan.out / "tuning.json", tuning)
+    return tuning
+
+
+def compare(
+    plan: Plan, best: Mapping[str, float], say: Callable[[str], None], options: Mapping[str, Any]
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """Train every arm with every seed; summaries by (arm, seed)."""
+    keys = [(name, seed) for seed in plan.seeds for name in plan.arms]
+    summaries = launch([plan.job(plan.arms[name], seed, best[name]) for name, seed in keys], **options)
+    found = dict(zip(keys, summaries, strict=True))
+    for (name, seed), summary in found.items():
+        if summary.get("diverged"):
+            say(f"{name} diverged with seed {seed}: it is left out")
+    return found
+
+
+def check_batches(summaries: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
+    """Raises `UserError` unless runs of equal seed were trained on the same batches in the same order."""
+    hashes: dict[int, tuple[str, str]] = {}
+    for (name, seed), summary in summaries.items():
+        if summary.get("diverged"):
+            continue
+        first, expected = hashes.setdefault(seed, (name, summary["batches_sha256"]))
+        if summary["batches_sha256"] != expected:
+            raise UserError(
+                f"{name} and {first} were not trained on the same batches with seed {seed}, so they cannot be "
+                "compared: delete their run folders and give the same command again"
+            )

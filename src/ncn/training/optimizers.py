@@ -1,0 +1,95 @@
+"""Optimisers, their schedule, and their state by parameter name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ncn.config.training import TrainConfig
+from ncn.core.model import ModulatedTransformer
+from ncn.core.parameters import layer_matrices
+
+
+def build_optimizers(model: ModulatedTransformer, config: TrainConfig) -> list[Optimizer]:
+    """AdamW, and before it Muon for the layers' matrices where the configuration asks for it. What requires no gradient
+    is left out.
+
+    Weights of linear maps decay. Embeddings, norms, biases, filters and constants do not: pulling them to zero means
+    nothing, or, for a signal's bias, pulls it off neutral.
+    """
+    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = layer_matrices(model) if config.optimizer == "muon" else {}
+    matrices = {name: matrix for name, matrix in matrices.items() if name in trained}
+    for name, parameter in trained.items():
+        if name not in matrices:
+            # what sliders add goes into the controller, and is learnt at the pace of the embeddings that words have
+            key = (id(parameter) in decayed, name.startswith("controller.") and ".external." not in name)
+            groups.setdefault(key, []).append(parameter)
+    adamw = torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": config.weight_decay if decays else 0.0,
+                "peak": config.learning_rate * (config.controller_learning_rate if controls else 1.0),
+            }
+            for (decays, controls), parameters in groups.items()
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        fused=True,
+    )
+    if not matrices:
+        return [adamw]
+    muon = torch.optim.Muon(matrices.values(), lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+    for group in muon.param_groups:
+        group["peak"] = config.muon_learning_rate
+    return [adamw, muon]
+
+
+def learning_rate_factor(config: TrainConfig, step: int, total: int) -> float:
+    """Learning rate at `step` (from 0) as a fraction of its peak: linear warm-up, then cosine or linear decay."""
+    warmup = math.ceil(config.warmup * total)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(total - warmup, 1)
+    remaining = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.final_learning_rate + (1 - config.final_learning_rate) * remaining
+
+
+def optimizer_state(model: ModulatedTransformer, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """Every tensor of the optimisers' state, as ``optimizer.<parameter>/<entry>``."""
+    return {
+        f"optimizer.{name}/{entry}": value
+        for name, state in _states(model, optimizers)
+        for entry, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer_state(
+    model: ModulatedTransformer, optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_state` gave."""
+    owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            name, entry = key.removeprefix("optimizer.").split("/")
+            parameter = parameters[name]
+            owners[id(parameter)].state[parameter][entry] = value.to(parameter.device)
+
+
+def _states(model: ModulatedTransformer, optimizers: Sequence[Optimizer]) -> list[tuple[str, dict[str, Any]]]:
+    return [
+        (name, optimizer.state[parameter])
+        for name, parameter in model.named_parameters()
+        for optimizer in optimizers
+        if parameter in optimizer.state
+    ]
