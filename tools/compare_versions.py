@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["Once upon a time, there was a tiny dragon who loved to", "Tom and Anna went to the", "The dog"]
 SMALL = ["tokens=40_000", "batch_size=8", "context=128", "precision=float32", "log_every=2",
          "eval_every=20", "eval_tokens=4000", "checkpoint_every=10"]  # fmt: skip
-OF_THE_MACHINE = re.compile(r"second|time|speed|commit|dirty|date|version|path|command|env|memory|per_hour|cores|_at$")
+OF_THE_MACHINE = re.compile(
+    r"second|time|speed|commit|dirty|date|version|path|command|env|memory|per_hour|cores|_at$|^base(_name)?$"
+)
 FILES_OF_THE_MACHINE = {"env.json", "timing.json", "launch.json", "journal.json"}
 LOGITS = """
 import sys, torch, ncn
@@ -182,7 +184,7 @@ def compared(one: Path, other: Path) -> Iterator[str]:
 
 def compare(one: Path, other: Path, *, within: str = "") -> tuple[int, list[str]]:
     """How many files two folders were compared in, and what differs."""
-    kinds = {".json", ".jsonl", ".safetensors", ".bin", ".html"}
+    kinds = {".json", ".jsonl", ".safetensors", ".bin"}  # pages are made of these, and tell times and places
     found: dict[Path, None] = {}
     for folder in (one, other):
         for path in sorted(folder.rglob("*")):
@@ -191,8 +193,6 @@ def compare(one: Path, other: Path, *, within: str = "") -> tuple[int, list[str]
     problems: list[str] = []
     number = 0
     for path in found:
-        if path.parts[0] in ("ab", "diagnosis") and path.suffix == ".html":
-            continue  # made of the JSON files, and tells times and places
         if not ((one / path).is_file() and (other / path).is_file()):
             problems.append(f"{path} is in one of the two only")
             continue
