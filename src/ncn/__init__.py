@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from ncn.config.recipe import Recipe
     from ncn.config.training import TrainConfig
     from ncn.core.cache import Cache
-    from ncn.core.model import ModelOutput, ModulatedTransformer
+    from ncn.core.interface import LanguageModel, ModelOutput
+    from ncn.core.model import ModulatedTransformer
     from ncn.core.types import ControlInputs
     from ncn.data.dataset import TokenDataset
     from ncn.data.tokenizer import Tokenizer
@@ -30,7 +31,8 @@ _HOMES = {
     "ControlInputs": "core.types",
     "ControllerConfig": "config",
     "Diagnosis": "diagnosis",
-    "ModelOutput": "core.model",
+    "LanguageModel": "core.interface",
+    "ModelOutput": "core.interface",
     "ModulatedTransformer": "core.model",
     "NCNConfig": "config",
     "Recipe": "config",
@@ -54,6 +56,7 @@ __all__ = [
     "ControlInputs",
     "ControllerConfig",
     "Diagnosis",
+    "LanguageModel",
     "ModelOutput",
     "ModulatedTransformer",
     "NCNConfig",

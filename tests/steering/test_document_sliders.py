@@ -16,7 +16,7 @@ import torch
 import ncn
 from ncn.config.model import ControllerConfig
 from ncn.core.model import ModulatedTransformer
-from ncn.core.parameters import input_parameters
+from ncn.core.parameters import parameter_roles
 from ncn.core.types import ControlInputs
 from ncn.data.prepare import prepare
 from ncn.machine.stopping import Interrupted
@@ -171,7 +171,7 @@ def test_sliders_that_are_learned_last_leave_the_model_as_it_was(
     (plain, _), (model, _) = ncn.load(tmp_path / "plain"), ncn.load(tmp_path / "last")
     weights = model.state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in plain.state_dict().items())
-    learned = {name: weights[name] for name in input_parameters(model)}
+    learned = {name: weights[name] for name, role in parameter_roles(model).items() if role.from_outside}
     assert set(weights) == set(plain.state_dict()) | set(learned)
     assert all(weight.any() for weight in learned.values())
     ids = torch.arange(20)[None]

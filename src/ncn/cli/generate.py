@@ -53,7 +53,7 @@ def generate(
     model, tokenizer = load(model_name)
     sliders = dict(map(_slider, settings or []))
     if decoupling is not None:
-        decoupling.check_sliders(model.config.controller.sliders if model.config.controller else ())
+        decoupling.check_sliders(model.core_config.controller.sliders if model.core_config.controller else ())
         sliders = decoupling(sliders)
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     options |= {"sliders": sliders, "task": task, "guidance": guidance}

@@ -48,7 +48,7 @@ def evaluate(
         with ProgressReport("evaluate", passes * tokens, enabled=True) as bar:
             options: dict[str, Any] = {"context": context, "max_tokens": max_tokens, "bar": bar}
             whole = run(loaded, dataset, **options)
-            frozen = causal_value(loaded, dataset, **options) if loaded.config.controller else {}
+            frozen = causal_value(loaded, dataset, **options) if loaded.core_config.controller else {}
     print(f"{model} on {data}: {whole.tokens:,} tokens")
     figures = f"perplexity {whole.perplexity:.3f}, {whole.bits_per_byte:.4f} bits per byte"
     print(f"loss {whole.loss:.4f} nats a token, {figures}")

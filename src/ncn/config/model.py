@@ -183,6 +183,8 @@ MODEL_TYPE = "ncn"
 """What `config.json` calls this architecture."""
 CONTROLLER = "controller.json"
 """Says that a folder holds a controller, whose base is elsewhere."""
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+"""The files of a saved model."""
 
 
 def standard_fields(config: NCNConfig) -> dict[str, Any]:
@@ -197,4 +199,16 @@ def standard_fields(config: NCNConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "max_position_embeddings": config.context_length,
         "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def saved_config(config: NCNConfig, dtype: str) -> dict[str, Any]:
+    """What a saved model's `config.json` says: a Hugging Face configuration whose entry "ncn" is the whole `config`."""
+    return {
+        "architectures": ["NCNForCausalLM"],
+        "model_type": MODEL_TYPE,
+        "dtype": dtype,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), config.separator_id),
+        **standard_fields(config),
+        "ncn": config.model_dump(mode="json"),
     }

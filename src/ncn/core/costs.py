@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
 from ncn.config.model import NCNConfig
 from ncn.core.cache import Cache
 from ncn.core.model import ModulatedTransformer
-from ncn.core.parameters import layer_matrices, parameter_groups
+from ncn.core.parameters import layer_matrices, parameter_groups, parameter_roles
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,11 @@ def costs(config: NCNConfig, optimizer: Literal["adamw", "muon"] = "adamw") -> C
 
 def _flops(model: ModulatedTransformer) -> dict[str, int]:
     flops = dict.fromkeys(("attention", "feed-forward", "output head", "controller"), 0)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            part = (
-                "controller" if name.startswith("controller.")
-                else "attention" if ".attention." in name
-                else "feed-forward" if ".ffn." in name
-                else "output head"
-            )  # fmt: skip
-            flops[part] += 2 * module.weight.numel()
-    sliders = (model.slider_embedding, model.slider_adapters)
-    flops["controller"] += sum(2 * p.numel() for module in sliders if module is not None for p in module.parameters())
+    roles = parameter_roles(model)
+    for name, parameter in model.named_parameters():
+        role = roles[name]
+        if role.linear or (role.from_outside and not name.startswith("controller.")):
+            flops[role.part] += 2 * parameter.numel()
     config = model.config
     if config.tie_embeddings:
         flops["output head"] += 2 * config.vocab_size * config.d_model

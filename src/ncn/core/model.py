@@ -8,46 +8,36 @@ Without a controller the same code is the static baseline.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ncn.config.model import NCNConfig
+from ncn.config.model import CONFIG, WEIGHTS, NCNConfig, saved_config
 from ncn.core.cache import Cache
 from ncn.core.controller.controller import SignalSource, signal_source
-from ncn.core.controller.inputs import check_inputs, mean_embedding
+from ncn.core.controller.inputs import check_inputs
+from ncn.core.interface import LanguageModel, embedded
 from ncn.core.layers import Layer
-from ncn.core.operations.linear import linear
-from ncn.core.operations.loss import capped, chunked_cross_entropy, token_losses
 from ncn.core.operations.norm import RMSNorm
 from ncn.core.operations.rotary import rotary_tables
 from ncn.core.segments import attention_mask_of, find_segments, positions_in_segment
 from ncn.core.signals.modulation import UNMODULATED, Factors, layer_factors
-from ncn.core.signals.table import Frozen, SignalLayout, freeze, homeostatic_loss
+from ncn.core.signals.table import Frozen, SignalLayout, freeze
 from ncn.core.sliders import Adapters, SliderAdapters, SliderEmbedding, adapted
-from ncn.core.types import ControlInputs, Hidden, Instructions, Logits, Signal, TokenIds
+from ncn.core.types import ControlInputs, Hidden, Signal, TokenIds
 from ncn.errors import UserError
+from ncn.machine.files import write_json
+from ncn.machine.tensors import write_tensors
 
 
-@dataclass
-class ModelOutput:
-    """What a forward pass gives: `logits`, and on request the `signals` and their `homeostatic_loss` (equation 6)."""
-
-    logits: Logits
-    signals: dict[str, Signal] | None = None
-    homeostatic_loss: Float[Tensor, ""] | None = None
-
-
-class ModulatedTransformer(nn.Module):
+class ModulatedTransformer(LanguageModel):
     """A causal language model with a controller (`config.controller`), or without one (None: the static baseline)."""
 
-    logit_cap: float | None = None
-    """Where logits level off: cap · tanh(logits / cap). Only a base of others has one."""
+    compiles = True
 
     def __init__(self, config: NCNConfig) -> None:
         super().__init__()
@@ -95,89 +85,16 @@ class ModulatedTransformer(nn.Module):
         if self.slider_adapters is not None:
             self.slider_adapters.reset_parameters()
 
-    def forward(
-        self,
-        input_ids: TokenIds,
-        attention_mask: Bool[Tensor, "batch tokens"] | None = None,
-        *,
-        cache: Cache | None = None,
-        output_signals: bool = False,
-        frozen: Frozen | None = None,
-        last_only: bool = False,
-        control: ControlInputs | None = None,
-    ) -> ModelOutput:
-        """Logits for every position (or the last one only).
-
-        `attention_mask` is False at padding, which may stand on the left of a sequence. `cache` continues what it
-        holds, and is extended. `frozen` replaces signals by given values. `control` is what the
-        controller is given from outside. Raises `UserError` for token ids outside the vocabulary, for sequences beyond
-        the context length, and for inputs that the model does not have.
-        """
-        hidden, signals = self.hidden_states(
-            self.embed(input_ids), input_ids, attention_mask, cache=cache, frozen=frozen, control=self.pooled(control)
-        )
-        logits = self.logits(hidden[:, -1:] if last_only else hidden)
-        if not output_signals:
-            return ModelOutput(logits)
-        return ModelOutput(logits, signals, homeostatic_loss(signals) if signals else logits.new_zeros(()))
-
-    def loss(
-        self,
-        input_ids: TokenIds,
-        targets: TokenIds,
-        *,
-        frozen: Frozen | None = None,
-        chunk: int = 512,
-        control: ControlInputs | None = None,
-        shares: Float[Tensor, "batch tokens"] | None = None,
-    ) -> tuple[Float[Tensor, ""], dict[str, Signal]]:
-        """Cross-entropy summed over the targets that are not -100, each as many times as its share if there are
-        `shares`, in nats, and the signals; never holds all logits."""
-        hidden, signals = self.hidden_states(
-            self.embed(input_ids), input_ids, frozen=frozen, control=self.pooled(control)
-        )
-        weighed = None if shares is None else shares.flatten()
-        return chunked_cross_entropy(
-            hidden.flatten(0, 1), self.output_weight, targets.flatten(), chunk, self.logit_cap, weighed
-        ), signals
-
-    @torch.no_grad()
-    def token_losses(
-        self,
-        input_ids: TokenIds,
-        targets: TokenIds,
-        *,
-        frozen: Frozen | None = None,
-        control: ControlInputs | None = None,
-    ) -> Float[Tensor, "batch tokens"]:
-        """Cross-entropy at every position, in nats, zero where the target is -100; without gradients."""
-        hidden, _ = self.hidden_states(self.embed(input_ids), input_ids, frozen=frozen, control=self.pooled(control))
-        return self.losses_of(hidden, targets)
-
-    def losses_of(self, hidden: Hidden, targets: TokenIds) -> Float[Tensor, "batch tokens"]:
-        """Cross-entropy at every position, from the final hidden states; see `token_losses`."""
-        flat = token_losses(hidden.flatten(0, 1), self.output_weight, targets.flatten(), cap=self.logit_cap)
-        return flat.view(targets.shape)
+    @property
+    def core_config(self) -> NCNConfig:
+        return self.config
 
     @property
     def output_weight(self) -> Float[Tensor, "vocabulary width"]:
-        """The matrix that turns hidden states into logits."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def logits(self, hidden: Hidden) -> Logits:
-        return capped(linear(hidden, self.output_weight), self.logit_cap)
-
     def embed(self, input_ids: TokenIds) -> Hidden:
-        """Token embeddings; raises `UserError` for ids outside the vocabulary (on CPU, where looking costs nothing)."""
-        try:
-            embeddings: Tensor = self.embedding(input_ids)
-        except IndexError:  # raised on CPU; asking the ids beforehand would cost as much as the look-up
-            low, high = torch.aminmax(input_ids)
-            raise UserError(
-                f"token id {int(high if low >= 0 else low)} lies outside the vocabulary of "
-                f"{self.config.vocab_size}; does the tokenizer belong to this model?"
-            ) from None
-        return embeddings
+        return embedded(self.embedding, input_ids, self.config.vocab_size)
 
     def hidden_states(
         self,
@@ -189,10 +106,6 @@ class ModulatedTransformer(nn.Module):
         frozen: Frozen | None = None,
         control: ControlInputs | None = None,
     ) -> tuple[Hidden, dict[str, Signal]]:
-        """The final, normalised hidden states and the signals, from token embeddings.
-
-        `input_ids` are needed only to find document borders.
-        """
         config, (batch, tokens) = self.config, embeddings.shape[:2]
         if not tokens:
             raise UserError("there are no tokens: give at least one")
@@ -247,18 +160,12 @@ class ModulatedTransformer(nn.Module):
             name: parts[0] if len(parts) == 1 else torch.cat(parts, 2) for name, parts in collected.items()
         }
 
-    def pooled(self, control: ControlInputs | None) -> ControlInputs | None:
-        """The same inputs, an instruction that is given in tokens as what `pool_instruction` makes of them."""
-        if control is None or not isinstance(control.instruction, Instructions):
-            return control
-        check_inputs(control, self.config)
-        ids, which = control.instruction
-        table = F.pad(self.pool_instruction(ids).squeeze(1), (0, 0, 0, 1))  # the last row, for -1, is unset
-        return control._replace(instruction=table[which])
-
-    def pool_instruction(self, ids: Int[Tensor, "batch tokens"]) -> Float[Tensor, "batch 1 width"]:
-        """The mean embedding of an instruction's tokens, as `ControlInputs` takes it; -1 is padding."""
-        return mean_embedding(self.embed(ids.clamp(min=0)), ids >= 0)
+    def write(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        dtype = dtype or self.embedding.weight.dtype
+        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
+        write_tensors(folder / WEIGHTS, tensors)
+        # Last, because a folder without it is no model: a kill in between leaves nothing that looks complete.
+        write_json(folder / CONFIG, saved_config(self.config, str(dtype).removeprefix("torch.")))
 
 
 def _normal_matrix(seed: int, name: str, shape: torch.Size, gated: bool) -> Tensor:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncn.core.model import ModulatedTransformer
+from ncn.core.interface import LanguageModel
 from ncn.core.operations.loss import IGNORED
 from ncn.core.signals.table import SIGNALS, Frozen, range_map
 from ncn.core.types import TokenIds
@@ -57,10 +57,10 @@ class Reader(Protocol):
 
 
 class ModelReader:
-    """Reads our own model, with whichever source of signals it has."""
+    """Reads a model of whichever kind, with whichever source of signals it has."""
 
-    def __init__(self, model: ModulatedTransformer) -> None:
-        controller = model.config.controller
+    def __init__(self, model: LanguageModel) -> None:
+        controller = model.core_config.controller
         if controller is None:
             raise UserError(
                 "this model has no controller, so there are no signals to diagnose: use a model that has one"
@@ -72,14 +72,14 @@ class ModelReader:
             "static": "static gates: learned constants, the same for every token",
         }[controller.kind]
         self.causal = True
-        self.context_length, self.vocab_size = model.config.context_length, model.config.vocab_size
+        self.context_length, self.vocab_size = model.core_config.context_length, model.core_config.vocab_size
         self.neutral, self.bounds = _ranges(controller.signals, controller.maps)
 
     @torch.inference_mode()
     def read(
         self, inputs: TokenIds, targets: TokenIds, frozen: Frozen | None = None
     ) -> tuple[Losses, dict[str, Tensor]]:
-        model, device = self.model, self.model.embedding.weight.device
+        model, device = self.model, self.model.device
         inputs, targets = inputs.to(device), targets.to(device)
         was_training = model.training
         model.eval()
@@ -131,9 +131,9 @@ def _ranges(
     return {name: SIGNALS[name].neutral for name in names}, bounds
 
 
-def reader_of(model: ModulatedTransformer | PublishedNCN | Reader) -> Reader:
+def reader_of(model: LanguageModel | PublishedNCN | Reader) -> Reader:
     """The reader of a model; a reader is its own. Raises `UserError` for a model without a controller."""
-    if isinstance(model, ModulatedTransformer):
+    if isinstance(model, LanguageModel):
         return ModelReader(model)
     if isinstance(model, PublishedNCN):
         return PublishedReader(model)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ncn.core.model import ModulatedTransformer
+from ncn.core.interface import LanguageModel
 from ncn.data.dataset import TokenDataset
 from ncn.data.tokenizer import Tokenizer
 from ncn.diagnosis.events import reactivity
@@ -61,7 +61,7 @@ class Diagnosis:
 
 
 def diagnose(
-    model: ModulatedTransformer | PublishedNCN | Reader,
+    model: LanguageModel | PublishedNCN | Reader,
     data: TokenDataset | Iterable[Sequence[int]],
     tokenizer: Tokenizer | None = None,
     *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, no_type_check
 
 import torch
@@ -21,13 +22,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ncn.config.model import MODEL_TYPE, NCNConfig, standard_fields
+from ncn.core.interface import LanguageModel
 from ncn.core.model import ModulatedTransformer
 from ncn.core.operations.loss import IGNORED
 from ncn.core.signals.table import homeostatic_loss
 from ncn.core.types import ControlInputs
 from ncn.hf.cache import HostedCache
 from ncn.hf.guidance import Settings, second_reading
-from ncn.steering.values import Given, InstructionIds, SliderValues, TaskValues
+from ncn.steering.values import InputValues, InstructionIds, SliderValues, TaskValues
 
 
 @no_type_check  # by the shape checks of the tests, which do not know that __init__ takes more than the fields
@@ -82,10 +84,11 @@ class NCNOutput(CausalLMOutputWithPast):
     homeostatic_loss: Tensor | None = None
 
 
-class NCNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+class NCNForCausalLM(PreTrainedModel, GenerationMixin, LanguageModel):  # type: ignore[no-untyped-call]
     """A `ModulatedTransformer` with the manners of a transformers model.
 
-    It has the very modules of the core model, so that tensors have the same names here, there and in the file.
+    It has the very modules of the core model, so that tensors have the same names here, there and in the file. As a
+    `LanguageModel` it reads, writes, scans and diagnoses like that.
     """
 
     config: NCNConfigForTransformers
@@ -117,6 +120,24 @@ class NCNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyp
         made.load_state_dict(model.state_dict())
         made.train(model.training)
         return made
+
+    @property
+    def core_config(self) -> NCNConfig:
+        return self.core.config
+
+    @property
+    def output_weight(self) -> Tensor:
+        return self.core.output_weight
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        return self.core.embed(input_ids)
+
+    def hidden_states(self, *args: Any, **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """As in the core model, whose own cache it takes."""
+        return self.core.hidden_states(*args, **options)
+
+    def write(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        self.core.write(folder, dtype)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -197,7 +218,7 @@ class NCNForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyp
         padding = self.config.pad_token_id
         if isinstance(instruction, Tensor) and padding is not None:
             instruction = torch.where(instruction == padding, -1, instruction)
-        given = Given.of(self.core.config, sliders, tasks, instruction)
+        given = InputValues.of(self.core.config, sliders, tasks, instruction)
         if given is None:
             return None
         return given.at(batch, start, tokens, self.core.output_weight.device, self.core.pool_instruction)

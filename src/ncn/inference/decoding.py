@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ncn.core.cache import Cache
-from ncn.core.model import ModelOutput, ModulatedTransformer
+from ncn.core.interface import LanguageModel, ModelOutput
 from ncn.core.types import ControlInputs, Instructions
 from ncn.errors import UserError
 from ncn.inference.sampling import check_sampling, choose
@@ -20,7 +20,7 @@ from ncn.steering.values import EMPTY_INSTRUCTION, SliderEnds, both_ends, check_
 
 @torch.inference_mode()
 def generate_tokens(
-    model: ModulatedTransformer,
+    model: LanguageModel,
     prompt: list[int],
     *,
     max_tokens: int,
@@ -52,21 +52,21 @@ def generate_tokens(
     """
     check_sampling(max_tokens, temperature, top_k, top_p)
     setting = _Setting(model, sliders or {}, task, instruction, guidance, max_tokens)
-    room = model.config.context_length - len(prompt)
+    room = model.core_config.context_length - len(prompt)
     if not prompt:
         raise UserError("the prompt is empty: give at least one token")
     if room <= 0:
         raise UserError(
             f"the prompt has {len(prompt)} tokens (with the separator in front) and the model's context is "
-            f"{model.config.context_length}; shorten it"
+            f"{model.core_config.context_length}; shorten it"
         )
-    device = model.embedding.weight.device
+    device = model.device
     generator = torch.Generator(device)
     if seed is None:
         generator.seed()
     else:
         generator.manual_seed(seed)
-    longest = model.config.context_length
+    longest = model.core_config.context_length
     cache = Cache(capacity=longest if compile else min(len(prompt) + max_tokens, longest))
     step = _Step(model, compile)
     tokens = torch.tensor([prompt], device=device)
@@ -87,12 +87,12 @@ class _Step:
     """The model's forward pass, compiled if asked for where one compiled step serves all: for a single token after
     more than the controller's convolution reaches back to, in a cache of one size."""
 
-    def __init__(self, model: ModulatedTransformer, compile: bool) -> None:
-        if compile and type(model) is not ModulatedTransformer:
+    def __init__(self, model: LanguageModel, compile: bool) -> None:
+        if compile and not model.compiles:
             raise UserError("a controller on a base writes as it is; leave out compile")
         self.model = model
         self.compiled = compiled(model.forward, dynamic=True) if compile else None
-        self.shortest = max(2, model.config.controller.phasic_kernel if model.config.controller else 0)
+        self.shortest = max(2, model.core_config.controller.phasic_kernel if model.core_config.controller else 0)
 
     def __call__(self, tokens: Tensor, *, cache: Cache, **options: Any) -> ModelOutput:
         if self.compiled is None or tokens.shape[1] > 1 or cache.length < self.shortest:
@@ -106,16 +106,16 @@ class _Setting:
 
     def __init__(
         self,
-        model: ModulatedTransformer,
+        model: LanguageModel,
         sliders: Mapping[str, SliderEnds],
         task: str | None,
         instruction: Sequence[int] | None,
         guidance: float,
         max_tokens: int,
     ) -> None:
-        known = model.config.controller.sliders if model.config.controller else ()
+        known = model.core_config.controller.sliders if model.core_config.controller else ()
         check_ends(sliders, known)
-        tasks = model.config.controller.tasks if model.config.controller else ()
+        tasks = model.core_config.controller.tasks if model.core_config.controller else ()
         if task is not None and task not in tasks:
             raise UserError(f"this model has no task {task!r}; it has {', '.join(tasks) or 'none'}")
         if guidance < 0:

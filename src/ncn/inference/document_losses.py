@@ -13,11 +13,10 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save
 
-from ncn.core.model import ModulatedTransformer
-from ncn.core.operations.loss import IGNORED
+from ncn.core.interface import LanguageModel
 from ncn.data.dataset import TokenDataset
 from ncn.errors import UserError
-from ncn.inference.reading import check_vocabulary, evaluating, perplexity, validation_facts
+from ncn.inference.reading import check_vocabulary, evaluating, perplexity, read_windows, validation_facts
 from ncn.machine.files import write_atomically
 from ncn.steering.documents import DocumentInputs
 
@@ -74,28 +73,28 @@ class DocumentLosses:
 
 @torch.inference_mode()
 def document_losses(
-    model: ModulatedTransformer,
+    model: LanguageModel,
     dataset: TokenDataset,
     *,
     context: int | None = None,
     batch_size: int = 16,
     autocast: torch.dtype | None = None,
-    given: DocumentInputs | None = None,
+    document_inputs: DocumentInputs | None = None,
 ) -> DocumentLosses:
-    """The loss of each document, in the windows of `evaluate`, to whose result the documents add up. `given` is what
-    the dataset's documents give the controller.
+    """The loss of each document, in the windows of `evaluate`, to whose result the documents add up. `document_inputs`
+    is what the dataset's documents give the controller.
 
     The bytes are those of the decoded tokens. Where a tokenizer does not give back the very text, they are scaled so
     that they still add up to the dataset's.
     """
     check_vocabulary(model, dataset)
-    found, place = [], 0
+    found = []
+    context = context or model.core_config.context_length
     with evaluating(model, autocast) as device:
-        for inputs, targets in dataset.windows(context or model.config.context_length, batch_size):
-            control = given.at(place + np.arange(inputs.numel()).reshape(inputs.shape)).to(device) if given else None
-            losses = model.token_losses(inputs.to(device), targets.to(device), control=control).cpu()
-            place += inputs.numel()
-            found.append(losses[targets != IGNORED].double().numpy())
+        for inputs, targets, real, places in read_windows(dataset, context, batch_size, device):
+            control = document_inputs.at(places).to(device) if document_inputs else None
+            losses = model.token_losses(inputs, targets, control=control).cpu()
+            found.append(losses[real].double().numpy())
     return by_document(np.concatenate(found), dataset)
 
 

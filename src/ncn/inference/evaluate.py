@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncn.core.model import ModulatedTransformer
-from ncn.core.operations.loss import IGNORED
+from ncn.core.interface import LanguageModel
 from ncn.core.signals.table import Frozen
 from ncn.data.dataset import TokenDataset
 from ncn.data.tokenizer import Tokenizer
@@ -21,6 +20,7 @@ from ncn.inference.reading import (
     evaluating,
     padded_batches,
     perplexity,
+    read_windows,
     text_windows,
     validation_facts,
 )
@@ -52,7 +52,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    model: ModulatedTransformer,
+    model: LanguageModel,
     dataset: TokenDataset,
     *,
     context: int | None = None,
@@ -68,19 +68,16 @@ def evaluate(
     `bar` is moved on by the tokens that were read.
     """
     check_vocabulary(model, dataset)
-    context = context or model.config.context_length
+    context = context or model.core_config.context_length
     sums = torch.zeros(context, dtype=torch.float64)
     counts = torch.zeros(context, dtype=torch.float64)
     with evaluating(model, autocast) as device:
-        for inputs, targets in dataset.windows(context, batch_size):
-            losses = model.token_losses(inputs.to(device), targets.to(device), frozen=frozen)
+        for inputs, targets, real, _ in read_windows(dataset, context, batch_size, device, max_tokens):
+            losses = model.token_losses(inputs, targets, frozen=frozen)
             sums += losses.double().sum(0).cpu()
-            read = (targets != IGNORED).sum(0)
-            counts += read
+            counts += real.sum(0)
             if bar is not None:
-                bar.advance(int(read.sum()))
-            if max_tokens is not None and counts.sum() >= max_tokens:
-                break
+                bar.advance(int(real.sum()))
     total, tokens = sums.sum().item(), int(counts.sum())
     text_bytes = dataset.text_bytes * tokens / (dataset.tokens - 1)
     return Evaluation(
@@ -92,7 +89,7 @@ def evaluate(
     )
 
 
-def bits_per_byte(model: ModulatedTransformer, tokenizer: Tokenizer, texts: Iterable[str]) -> float:
+def bits_per_byte(model: LanguageModel, tokenizer: Tokenizer, texts: Iterable[str]) -> float:
     """Bits that the model needs per UTF-8 byte of `texts`, each read on its own after a separator.
 
     A text longer than the context is read in windows that overlap by half, so that every token but the first few has
@@ -105,7 +102,7 @@ def bits_per_byte(model: ModulatedTransformer, tokenizer: Tokenizer, texts: Iter
     for text in texts:
         ids = tokenizer.encode(text)
         size += len(text.encode())
-        pending.extend(text_windows([tokenizer.separator_id, *ids], model.config.context_length))
+        pending.extend(text_windows([tokenizer.separator_id, *ids], model.core_config.context_length))
     if not size:
         raise UserError("the texts are empty: there is nothing to measure")
     with torch.inference_mode(), evaluating(model, None) as device:

@@ -7,16 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ncn.core.model import ModulatedTransformer
-from ncn.core.operations.loss import IGNORED
+from ncn.core.interface import LanguageModel
 from ncn.core.signals.table import SIGNALS
 from ncn.data.dataset import TokenDataset
 from ncn.inference.evaluate import Evaluation, evaluate
-from ncn.inference.reading import evaluating
+from ncn.inference.reading import evaluating, read_windows
 
 
 def signal_means(
-    model: ModulatedTransformer,
+    model: LanguageModel,
     dataset: TokenDataset,
     *,
     context: int | None = None,
@@ -27,28 +26,25 @@ def signal_means(
     sums: dict[str, Tensor] = {}
     tokens = 0
     with torch.inference_mode(), evaluating(model, None) as device:
-        for inputs, targets in dataset.windows(context or model.config.context_length, batch_size):
-            signals = model(inputs.to(device), output_signals=True).signals or {}
-            kept = (targets != IGNORED).to(device)
+        context = context or model.core_config.context_length
+        for inputs, _, real, _ in read_windows(dataset, context, batch_size, device, max_tokens):
+            signals = model.read(inputs, output_signals=True).signals or {}
+            kept = real.to(device)
             for name, signal in signals.items():
                 mask = kept.reshape(*kept.shape, *[1] * (signal.ndim - 2))
                 total = (signal.double() * mask).sum((0, 1), keepdim=True)
                 sums[name] = sums[name] + total if name in sums else total
             tokens += int(kept.sum())
-            if tokens >= max_tokens:
-                break
     return {name: (total / tokens).float() for name, total in sums.items()}
 
 
-def freezings(model: ModulatedTransformer) -> dict[str, tuple[str, ...]]:
+def freezings(model: LanguageModel) -> dict[str, tuple[str, ...]]:
     """What `causal_value` freezes: "all" signals, and each by its name where there are several."""
-    names: tuple[str, ...] = model.config.controller.signals if model.config.controller else ()
+    names: tuple[str, ...] = model.core_config.controller.signals if model.core_config.controller else ()
     return ({"all": names} if names else {}) | ({name: (name,) for name in names} if len(names) > 1 else {})
 
 
-def causal_value(
-    model: ModulatedTransformer, dataset: TokenDataset, **options: Any
-) -> dict[str, dict[str, Evaluation]]:
+def causal_value(model: LanguageModel, dataset: TokenDataset, **options: Any) -> dict[str, dict[str, Evaluation]]:
     """The evaluation with signals frozen: {"all" or a signal's name: {"neutral": ..., "mean": ...}}. `options` are
     those of `evaluate`.
 

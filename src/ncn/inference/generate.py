@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ncn.core.model import ModulatedTransformer
+from ncn.core.interface import LanguageModel
 from ncn.data.tokenizer import Tokenizer
 from ncn.inference.decoding import generate_tokens
 from ncn.steering.values import instruction_ids
 
 
 def generate(
-    model: ModulatedTransformer, tokenizer: Tokenizer, prompt: str, *, instruction: str | None = None, **options: Any
+    model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, instruction: str | None = None, **options: Any
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` as text, piece by piece; a piece never ends inside a character.
 
@@ -21,7 +21,7 @@ def generate(
     `generate_tokens`.
     """
     ids = [tokenizer.separator_id, *tokenizer.encode(prompt)]
-    options.setdefault("max_tokens", max(model.config.context_length - len(ids), 1))
+    options.setdefault("max_tokens", max(model.core_config.context_length - len(ids), 1))
     options.setdefault("stop_id", tokenizer.separator_id)
     if instruction is not None:
         options["instruction"] = instruction_ids(instruction, tokenizer.encode)

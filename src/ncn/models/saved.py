@@ -14,19 +14,19 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ncn.config.model import CONTROLLER, MODEL_TYPE, NCNConfig, standard_fields
+from ncn.config.model import CONFIG, CONTROLLER, MODEL_TYPE, WEIGHTS, NCNConfig
+from ncn.core.interface import LanguageModel
 from ncn.core.model import ModulatedTransformer
 from ncn.data.tokenizer import Tokenizer
 from ncn.errors import UserError
-from ncn.machine.files import ASSETS, flat, hash_shard, write_atomically
+from ncn.machine.files import ASSETS, flat, hash_shard
 from ncn.machine.hub import from_hub, is_hub_name
-from ncn.machine.tensors import write_tensors
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 def save_model(
-    model: ModulatedTransformer,
+    model: LanguageModel,
     folder: str | Path,
     tokenizer: Tokenizer | None,
     *,
@@ -39,32 +39,14 @@ def save_model(
     """
     folder = Path(folder)
     if tokenizer is not None:
-        _check_vocabulary(model.config, tokenizer)
-    if (save_retrofitted := getattr(model, "save", None)) is not None:  # a controller on a model of others
-        save_retrofitted(folder, tokenizer)
-        return
-    dtype = dtype or model.embedding.weight.dtype
+        _check_vocabulary(model.core_config, tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    write_tensors(folder / WEIGHTS, tensors)
     if tokenizer is not None:
         tokenizer.save(folder)
-    separator = model.config.separator_id if tokenizer is None else tokenizer.separator_id
-    content = {
-        "architectures": ["NCNForCausalLM"],
-        "model_type": MODEL_TYPE,
-        "dtype": str(dtype).removeprefix("torch."),
-        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), separator),
-        **standard_fields(model.config),
-        "ncn": model.config.model_dump(mode="json"),
-    }
-    # Last, because a folder without it is no model: a kill in between leaves nothing that looks complete.
-    write_atomically(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+    model.write(folder, dtype)
 
 
-def load(
-    name_or_path: str | Path, *, dtype: torch.dtype | None = torch.float32
-) -> tuple[ModulatedTransformer, Tokenizer]:
+def load(name_or_path: str | Path, *, dtype: torch.dtype | None = torch.float32) -> tuple[LanguageModel, Tokenizer]:
     """A trained model, in evaluation mode, and its tokenizer.
 
     `name_or_path` is the name of a bundled model, a run folder, a saved folder, or the name of a repository on the
@@ -78,7 +60,7 @@ def load(
         return load_retrofitted(folder)
     model = load_model(folder, dtype=dtype)
     tokenizer = Tokenizer.load(folder)
-    _check_vocabulary(model.config, tokenizer)
+    _check_vocabulary(model.core_config, tokenizer)
     return model, tokenizer
 
 
@@ -94,7 +76,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | None = torch.float32)
     return model.eval()
 
 
-def load_start(model: ModulatedTransformer, start: str | Path, tokenizer_sha256: str) -> None:
+def load_start(model: LanguageModel, start: str | Path, tokenizer_sha256: str) -> None:
     """Give `model` the weights of the trained model `start`, as `load` finds it, to train on from there. Inputs from
     outside that the trained model has not got keep the weights that they have.
 
@@ -105,7 +87,7 @@ def load_start(model: ModulatedTransformer, start: str | Path, tokenizer_sha256:
     if Tokenizer.load(folder).fingerprint != tokenizer_sha256:
         raise UserError(f"the data was prepared with another tokenizer than that of {start}: use --tokenizer {folder}")
     trained = load_model(folder)
-    old, new = (flat(config.model_dump(mode="json")) for config in (trained.config, model.config))
+    old, new = (flat(config.model_dump(mode="json")) for config in (trained.config, model.core_config))
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name) and not _adds_inputs(name, trained.config):
             raise UserError(

@@ -13,7 +13,7 @@ from ncn.core.controller.inputs import mean_embedding
 from ncn.core.types import ControlInputs
 from ncn.data.tokenizer import Tokenizer
 from ncn.errors import UserError
-from ncn.steering.values import Given, InstructionIds, SliderValues, TaskValues, instruction_ids
+from ncn.steering.values import InputValues, InstructionIds, SliderValues, TaskValues, instruction_ids
 
 Instruction = str | Sequence[str | None] | InstructionIds
 InputsAt = Callable[[int, int, int], ControlInputs | None]
@@ -37,7 +37,7 @@ def inputs_at(
         plain = {} if isinstance(tokenizer, Tokenizer) else {"add_special_tokens": False}
         words = cast("str | Sequence[str | None]", instruction)
         instruction = instruction_ids(words, lambda text: list(tokenizer.encode(text, **plain)))
-    given = Given.of(config, sliders, task, cast("InstructionIds | None", instruction))
+    given = InputValues.of(config, sliders, task, cast("InstructionIds | None", instruction))
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
 
     def pool(ids: Tensor) -> Tensor:

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from ncn.config.model import CONTROLLER, NCNConfig
 from ncn.config.recipe import Recipe
 from ncn.core.cache import Cache
 from ncn.core.controller.inputs import check_inputs
-from ncn.core.model import ModulatedTransformer
+from ncn.core.interface import LanguageModel, embedded
 from ncn.core.signals.table import Frozen
-from ncn.core.types import ControlInputs, Hidden
+from ncn.core.types import ControlInputs, Hidden, TokenIds
 from ncn.data.dataset import TokenDataset
 from ncn.data.tokenizer import HUB_FILES, Tokenizer
 from ncn.errors import UserError
@@ -34,23 +34,26 @@ TRAINING = {"tokens": 1_000_000, "batch_size": 8, "context": 256, "learning_rate
 """What a controller on a base is trained with unless the recipe says otherwise."""
 
 
-class RetrofittedModel(ModulatedTransformer):
+class RetrofittedModel(LanguageModel):
     """A base and the handle of its controller."""
 
     handle: AttachedController
     base: PreTrainedModel
 
     def __init__(self, handle: AttachedController, config: NCNConfig, base_name: str) -> None:
-        nn.Module.__init__(self)  # what our own model is made of is here in the base
+        super().__init__()
         self.config, self.base_name = config, base_name
         self.controller, self.layout, self.checkpointing = handle.controller, handle.layout, False
         self.__dict__.update(handle=handle, base=handle.model)  # out of the registered modules
 
     @property
-    def embedding(self) -> nn.Module:  # type: ignore[override]
-        """The base's input embeddings."""
-        found: nn.Module = self.base.get_input_embeddings()
-        return found
+    def core_config(self) -> NCNConfig:
+        """The base's form and its controller's."""
+        return self.config
+
+    def embed(self, input_ids: TokenIds) -> Hidden:
+        """The base's embeddings."""
+        return embedded(self.base.get_input_embeddings(), input_ids, self.config.vocab_size)
 
     @property
     def output_weight(self) -> Tensor:
@@ -102,10 +105,8 @@ class RetrofittedModel(ModulatedTransformer):
             cache.advance(tokens)
         return hidden, dict(self.handle.signals)
 
-    def save(self, folder: Path, tokenizer: Tokenizer | None) -> None:
-        """Write the controller, where its base is, and the tokenizer."""
-        if tokenizer is not None:
-            tokenizer.save(folder)
+    def write(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """The controller, and where its base is; in the number format that it has."""
         self.handle.save(folder, base_name=self.base_name)
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from ncn.core.model import ModulatedTransformer
+from ncn.core.interface import LanguageModel
 from ncn.core.signals.table import SIGNALS, range_map
 from ncn.data.tokenizer import Tokenizer
 from ncn.errors import UserError
@@ -15,27 +15,27 @@ from ncn.scans.scan import Scan
 
 
 @torch.inference_mode()
-def scan(model: ModulatedTransformer, tokenizer: Tokenizer, text: str, *, name: str = "") -> Scan:
+def scan(model: LanguageModel, tokenizer: Tokenizer, text: str, *, name: str = "") -> Scan:
     """The control signals at every token of `text`, and the surprisal of each token in bits.
 
     The text follows a separator, as every document does in training, so that its first token has a surprisal too; the
     separator itself is not shown. `name` is the model's, for the title. Raises `UserError` for an empty text, one that
     is longer than the context, and a model without a controller.
     """
-    controller = model.config.controller
+    controller = model.core_config.controller
     if controller is None:
         raise UserError("this model has no controller, so there are no signals to scan: use a model that has one")
     ids = tokenizer.encode(text)
     if not ids:
         raise UserError("the text is empty: there is nothing to scan")
-    if len(ids) >= model.config.context_length:
+    if len(ids) >= model.core_config.context_length:
         raise UserError(
             f"the text has {len(ids)} tokens (and a separator) and the model's context is "
-            f"{model.config.context_length}; shorten it"
+            f"{model.core_config.context_length}; shorten it"
         )
-    device = model.embedding.weight.device
+    device = model.device
     sequence = torch.tensor([[tokenizer.separator_id, *ids]], device=device)
-    output = model(sequence, output_signals=True)
+    output = model.read(sequence, output_signals=True)
     nats = F.cross_entropy(output.logits[0, :-1].float(), sequence[0, 1:], reduction="none")
     signals = {key: signal[0, 1:].double().cpu().numpy() for key, signal in (output.signals or {}).items()}
     return Scan(

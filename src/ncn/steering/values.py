@@ -32,7 +32,7 @@ EMPTY_INSTRUCTION = "the instruction is empty: say it in words, or leave it out"
 
 
 @dataclass(frozen=True)
-class Given:
+class InputValues:
     """What is given to a batch of sequences, from their first place on; padding on the left counts as places."""
 
     sliders: Float[Tensor, "rows places sliders"] | None = None
@@ -46,7 +46,7 @@ class Given:
         sliders: SliderValues | None = None,
         tasks: TaskValues = None,
         instruction: InstructionIds | None = None,
-    ) -> Given | None:
+    ) -> InputValues | None:
         """None where nothing is given. Raises `UserError` for what the model does not have, and for wrong values."""
         controller = config.controller
         if isinstance(sliders, Mapping):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ncn.config.recipe import Recipe
+from ncn.core.interface import LanguageModel
 from ncn.core.model import ModulatedTransformer
 from ncn.core.parameters import hold_still_but_inputs
 from ncn.data.dataset import TokenDataset, check_same_tokenizer
@@ -71,7 +72,7 @@ def begin(
         raise UserError("train.balance_sliders needs sliders to balance, such as controller.sliders=[length]")
     given = DocumentInputs.of(dataset, controller, recipe.train.balance_sliders)
     tasks_alone = controller and controller.override(sliders=(), instructions=False)
-    valid_given = DocumentInputs.of(valid_set, tasks_alone) if valid_set and valid_set.tasks else None
+    valid_inputs = DocumentInputs.of(valid_set, tasks_alone) if valid_set and valid_set.tasks else None
     context = recipe.train.context or recipe.model.context_length
     if dataset.tokens < context:
         raise UserError(
@@ -96,10 +97,10 @@ def begin(
         run.check_unchanged(recipe, identity)
     else:
         run = RunFolder.create(out, recipe, describe_environment(device, autocast=str(autocast), **identity))
-    return Training(recipe, run, dataset, valid_set, model, device, autocast, given, valid_given)
+    return Training(recipe, run, dataset, valid_set, model, device, autocast, given, valid_inputs)
 
 
-def _build(recipe: Recipe, device: torch.device) -> ModulatedTransformer:
+def _build(recipe: Recipe, device: torch.device) -> LanguageModel:
     if recipe.base is None:
         return ModulatedTransformer(recipe.model).to(device)
     from ncn.retrofit.model import build_retrofitted

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ncn.config.training import TrainConfig
-from ncn.core.model import ModulatedTransformer
-from ncn.core.parameters import layer_matrices
+from ncn.core.interface import LanguageModel
+from ncn.core.parameters import layer_matrices, parameter_roles
 
 
-def build_optimizers(model: ModulatedTransformer, config: TrainConfig) -> list[Optimizer]:
+def build_optimizers(model: LanguageModel, config: TrainConfig) -> list[Optimizer]:
     """AdamW, and before it Muon for the layers' matrices where the configuration asks for it. What requires no gradient
     is left out.
 
     Weights of linear maps decay. Embeddings, norms, biases, filters and constants do not: pulling them to zero means
     nothing, or, for a signal's bias, pulls it off neutral.
     """
-    decayed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    roles = parameter_roles(model)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     matrices = layer_matrices(model) if config.optimizer == "muon" else {}
@@ -30,7 +30,8 @@ def build_optimizers(model: ModulatedTransformer, config: TrainConfig) -> list[O
     for name, parameter in trained.items():
         if name not in matrices:
             # what sliders add goes into the controller, and is learnt at the pace of the embeddings that words have
-            key = (id(parameter) in decayed, name.startswith("controller.") and ".external." not in name)
+            role = roles[name]
+            key = (role.linear, role.part == "controller" and not role.from_outside)
             groups.setdefault(key, []).append(parameter)
     adamw = torch.optim.AdamW(
         [
@@ -63,7 +64,7 @@ def learning_rate_factor(config: TrainConfig, step: int, total: int) -> float:
     return config.final_learning_rate + (1 - config.final_learning_rate) * remaining
 
 
-def optimizer_state(model: ModulatedTransformer, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+def optimizer_state(model: LanguageModel, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
     """Every tensor of the optimisers' state, as ``optimizer.<parameter>/<entry>``."""
     return {
         f"optimizer.{name}/{entry}": value
@@ -73,9 +74,7 @@ def optimizer_state(model: ModulatedTransformer, optimizers: Sequence[Optimizer]
     }
 
 
-def load_optimizer_state(
-    model: ModulatedTransformer, optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]
-) -> None:
+def load_optimizer_state(model: LanguageModel, optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor]) -> None:
     """Put back what `optimizer_state` gave."""
     owners = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     parameters = dict(model.named_parameters())
@@ -86,7 +85,7 @@ def load_optimizer_state(
             owners[id(parameter)].state[parameter][entry] = value.to(parameter.device)
 
 
-def _states(model: ModulatedTransformer, optimizers: Sequence[Optimizer]) -> list[tuple[str, dict[str, Any]]]:
+def _states(model: LanguageModel, optimizers: Sequence[Optimizer]) -> list[tuple[str, dict[str, Any]]]:
     return [
         (name, optimizer.state[parameter])
         for name, parameter in model.named_parameters()

@@ -13,18 +13,19 @@ from torch import Tensor, nn
 
 from ncn.config.recipe import Recipe
 from ncn.config.training import TrainConfig
-from ncn.core.model import ModulatedTransformer
+from ncn.core.interface import LanguageModel
 from ncn.core.operations.loss import IGNORED
 from ncn.core.signals.statistics import controller_problem, signal_statistics
-from ncn.core.signals.table import homeostatic_loss
 from ncn.core.types import ControlInputs
-from ncn.data.dataset import TokenDataset
+from ncn.data.dataset import Batch, TokenDataset
 from ncn.errors import UserError
 from ncn.inference.document_losses import DocumentLosses, document_losses
 from ncn.inference.evaluate import evaluate
 from ncn.machine.compiling import compiled
 from ncn.machine.files import disk_problem_in_one_line
 from ncn.steering.documents import DocumentInputs
+from ncn.training.distributed import Processes
+from ncn.training.objective import Objective
 from ncn.training.optimizers import build_optimizers, learning_rate_factor, load_optimizer_state, optimizer_state
 from ncn.training.run_folder import RunFolder
 
@@ -51,11 +52,12 @@ class Training:
     run: RunFolder
     dataset: TokenDataset
     valid: TokenDataset | None
-    model: ModulatedTransformer
+    model: LanguageModel
     device: torch.device
     autocast: torch.dtype | None
-    given: DocumentInputs | None = None
-    valid_given: DocumentInputs | None = None
+    document_inputs: DocumentInputs | None = None
+    valid_inputs: DocumentInputs | None = None
+    processes: Processes = field(default_factory=Processes)
     step: int = 0
     sums: Accumulated = field(default_factory=Accumulated)
     warned: bool = False
@@ -68,41 +70,16 @@ class Training:
         self.tokens_per_step = self.config.batch_size * self.context
         self.total_steps = math.ceil(self.config.tokens / self.tokens_per_step)
         self.optimizers = build_optimizers(self.model, self.config)
-        self.loss = self.model.loss
+        self.objective = Objective(self.model, self.config.loss_chunk)
         if self.config.compile:
             self.model.hidden_states = compiled(self.model.hidden_states)  # type: ignore[method-assign]
 
     def train_step(self) -> dict[str, Tensor]:
         """One optimiser step; returns the signals of its last micro-batch."""
-        batch = self.dataset.batch(self.config.seed, self.step, self.config.batch_size, self.context)
-        count = (batch.targets != IGNORED).sum().item()
-        factor = learning_rate_factor(self.config, self.step, self.total_steps)
-        weight = self.config.homeostatic_weight
-        if self.config.homeostatic_schedule == "annealed":
-            weight *= 1 - self.step / self.total_steps
-        loss_sum = homeostatic_sum = 0.0
-        signals: dict[str, Tensor] = {}
-        size = -(-self.config.batch_size // self.config.accumulation)
-        control, shares = self._given()
-        for first in range(0, self.config.batch_size, size):
-            rows = slice(first, first + size)
-            inputs, targets = batch.inputs[rows].to(self.device), batch.targets[rows].to(self.device)
-            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                nats, signals = self.loss(
-                    inputs,
-                    targets,
-                    chunk=self.config.loss_chunk,
-                    control=None if control is None else control.of_rows(rows),
-                    shares=None if shares is None else shares[rows],
-                )
-                objective = nats / count
-                share = len(inputs) / self.config.batch_size
-                homeostatic = homeostatic_loss(signals) * share if signals else objective.new_zeros(())
-                if weight:
-                    objective = objective + weight * homeostatic
-            objective.backward()  # type: ignore[no-untyped-call]
-            loss_sum += nats.item() / count
-            homeostatic_sum += homeostatic.item()
+        config = self.config
+        batch = self.dataset.batch(config.seed, self.step, config.batch_size, self.context)
+        loss_sum, homeostatic_sum, signals = self.differentiate(batch)
+        factor = learning_rate_factor(config, self.step, self.total_steps)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
         if not math.isfinite(loss_sum + norm):
             raise self.not_a_number("loss or its gradient")
@@ -118,14 +95,47 @@ class Training:
         self.sums.steps += 1
         return signals
 
-    def _given(self) -> tuple[ControlInputs | None, Tensor | None]:
+    def differentiate(self, batch: Batch) -> tuple[float, float, dict[str, Tensor]]:
+        """Add up the gradients of this process's rows of a step's batch, micro-batch by micro-batch.
+
+        Returns its part of the loss in nats a token and of the homeostatic loss, and the last signals.
+        """
+        config, own = self.config, self.processes.rows(self.config.batch_size)
+        count = int((batch.targets != IGNORED).sum())
+        weight = config.homeostatic_weight
+        if config.homeostatic_schedule == "annealed":
+            weight *= 1 - self.step / self.total_steps
+        loss_sum = homeostatic_sum = 0.0
+        signals: dict[str, Tensor] = {}
+        size = -(-(own.stop - own.start) // config.accumulation)
+        control, shares = self._control()
+        for first in range(own.start, own.stop, size):
+            rows = slice(first, min(first + size, own.stop))
+            inputs, targets = batch.inputs[rows].to(self.device), batch.targets[rows].to(self.device)
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                loss = self.objective(
+                    inputs,
+                    targets,
+                    count=count,
+                    share=len(inputs) / config.batch_size,
+                    weight=weight,
+                    control=None if control is None else control.of_rows(rows),
+                    shares=None if shares is None else shares[rows],
+                )
+            loss.objective.backward()
+            loss_sum += loss.nats.item() / count
+            homeostatic_sum += loss.homeostatic.item()
+            signals = loss.signals
+        return loss_sum, homeostatic_sum, signals
+
+    def _control(self) -> tuple[ControlInputs | None, Tensor | None]:
         """What this step's batch is given from outside, and how many times each of its targets counts."""
         config = self.config
-        if self.given is None:
+        if self.document_inputs is None:
             return None, None
         batch = config.seed, self.step, config.batch_size, self.context
-        control = self.given.batch(*batch, config.input_dropout, config.single_input_dropout)
-        shares = self.given.shares(*batch, control)
+        control = self.document_inputs.batch(*batch, config.input_dropout, config.single_input_dropout)
+        shares = self.document_inputs.shares(*batch, control)
         return control.to(self.device), None if shares is None else shares.to(self.device)
 
     def not_a_number(self, what: str) -> Diverged:
@@ -197,7 +207,9 @@ class Training:
         return losses.validation_facts(self.valid)
 
     def _document_losses(self, valid: TokenDataset) -> DocumentLosses:
-        return document_losses(self.model, valid, context=self.context, autocast=self.autocast, given=self.valid_given)
+        return document_losses(
+            self.model, valid, context=self.context, autocast=self.autocast, document_inputs=self.valid_inputs
+        )
 
     def save(self, seconds: float) -> Path:
         """Write a checkpoint of everything that the next step depends on."""

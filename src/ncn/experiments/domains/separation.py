@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ncn.core.model import ModulatedTransformer
-from ncn.core.operations.loss import IGNORED
+from ncn.core.interface import LanguageModel
 from ncn.data.dataset import TokenDataset
+from ncn.inference.reading import read_windows
 from ncn.steering.documents import DocumentInputs
 
 STRETCHES = (1, 32)
@@ -47,27 +47,24 @@ class DomainRecord:
 
 @torch.inference_mode()
 def record_signals(
-    model: ModulatedTransformer, data: TokenDataset, names: tuple[str, str], *, with_tasks: bool
+    model: LanguageModel, data: TokenDataset, names: tuple[str, str], *, with_tasks: bool
 ) -> DomainRecord:
     """The signals on all of `data`, whose documents belong to the tasks `names`, which the model is given or not."""
-    controller = model.config.controller
+    controller = model.core_config.controller
     assert controller is not None
     given = DocumentInputs(data, controller) if with_tasks else None
     tasks = data.document_tasks(names)
-    place, kept_tokens, kept_domains = 0, [], []
+    kept_tokens, kept_domains = [], []
     found: dict[str, list[torch.Tensor]] = {}
     starts = data.document_starts()
     model.eval()
-    for inputs, targets in data.windows(model.config.context_length, 16):
-        places = place + np.arange(inputs.numel()).reshape(inputs.shape)
-        out = model(inputs, output_signals=True, control=given.at(places) if given else None)
-        real = targets != IGNORED
+    for inputs, _, real, places in read_windows(data, model.core_config.context_length, 16, model.device):
+        out = model.read(inputs, output_signals=True, control=given.at(places) if given else None)
         kept_tokens.append(inputs[real].numpy())
         kept_domains.append(tasks[np.searchsorted(starts, places[real.numpy()], side="right") - 1])
         assert out.signals is not None
         for name, signal in out.signals.items():
             found.setdefault(name, []).append(signal[real])
-        place += inputs.numel()
     signals = {}
     for name, parts in found.items():
         whole = torch.cat(parts).double().numpy()
@@ -160,10 +157,10 @@ def _balanced(said: NDArray[np.bool_], truth: NDArray[np.int64]) -> float:
 
 
 def measure_domains(
-    model: ModulatedTransformer, tuning: TokenDataset, validation: TokenDataset, names: tuple[str, str]
+    model: LanguageModel, tuning: TokenDataset, validation: TokenDataset, names: tuple[str, str]
 ) -> dict[str, Any]:
     """Distances and read-outs of a trained model; of one that has tasks with the tasks given, and without them."""
-    controller = model.config.controller
+    controller = model.core_config.controller
     assert controller is not None
     found = {}
     for label, with_tasks in (("unset", False), ("given", True)):

@@ -63,12 +63,12 @@ def measure(study: Study, arm: str, seed: int) -> dict[str, Any]:
     model, _ = load(study.plan.out / "runs" / arm / f"seed-{seed}")
     splits = study.data.splits
     found: dict[str, Any] = {}
-    controller = model.config.controller
+    controller = model.core_config.controller
     if controller is not None and controller.kind == "ncn":
         found["signals"] = measure_domains(model, splits.tuning, splits.validation, study.data.names)
         if controller.tasks:
             for kind, given in (("unset", None), ("wrong", swapped(splits.validation, controller))):
-                losses = document_losses(model, splits.validation, given=given).by_task(splits.validation)
+                losses = document_losses(model, splits.validation, document_inputs=given).by_task(splits.validation)
                 found[kind] = {name: part.bits_per_byte for name, part in losses.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found)

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ncn.core.model import ModulatedTransformer
-from ncn.core.operations.loss import IGNORED
+from ncn.core.interface import LanguageModel
 from ncn.core.types import ControlInputs
 from ncn.data.dataset import TokenDataset
+from ncn.inference.reading import read_windows
 from ncn.steering.attributes import DocumentSliders
 
 Array = npt.NDArray[np.float64]
@@ -20,27 +20,22 @@ _RESAMPLES = 2000
 
 @torch.inference_mode()
 def window_losses(
-    model: ModulatedTransformer, data: TokenDataset, known: DocumentSliders | None, tokens: int
+    model: LanguageModel, data: TokenDataset, known: DocumentSliders | None, tokens: int
 ) -> dict[str, Array]:
     """Nats of each window of held-out text, about `tokens` in all, with sliders unset, and, where they are `known`,
     with the right ones and with those of another document; "tokens" is how many each window has."""
     model.eval()
     found: dict[str, list[Array]] = {kind: [] for kind in ("unset", "tokens", *(("right", "wrong") if known else ()))}
     other = np.random.Generator(np.random.PCG64(0)).permutation(len(known.ranks)) if known else np.zeros(0)
-    place = 0
-    for inputs, targets in data.windows(model.config.context_length, 16):
+    for inputs, targets, real, places in read_windows(data, model.core_config.context_length, 16, model.device, tokens):
         given: dict[str, ControlInputs | None] = {"unset": None}
         if known:
-            places = np.minimum(place + np.arange(inputs.numel()).reshape(inputs.shape), data.tokens - 1)
-            documents = np.searchsorted(known.starts, places, side="right") - 1
+            documents = np.searchsorted(known.starts, np.minimum(places, data.tokens - 1), side="right") - 1
             given["right"] = ControlInputs(torch.from_numpy(known.ranks[documents]))
             given["wrong"] = ControlInputs(torch.from_numpy(known.ranks[other[documents]]))
         for kind, control in given.items():
             found[kind].append(model.token_losses(inputs, targets, control=control).double().sum(1).numpy())
-        found["tokens"].append((targets != IGNORED).sum(1).double().numpy())
-        place += inputs.numel()
-        if place >= tokens:
-            break
+        found["tokens"].append(real.sum(1).double().numpy())
     return {kind: np.concatenate(parts) for kind, parts in found.items()}
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from ncn.core.model import ModulatedTransformer
+from ncn.core.interface import LanguageModel
 from ncn.data.dataset import TokenDataset
 from ncn.data.tokenizer import Tokenizer
 from ncn.errors import UserError
@@ -29,7 +29,7 @@ DISTINCT = (1, 2, 3)
 DISTINCT_TOKENS = 10_000
 Array = npt.NDArray[np.float64]
 Arrays = dict[str, npt.NDArray[Any]]
-Judge = tuple[ModulatedTransformer, Tokenizer]
+Judge = tuple[LanguageModel, Tokenizer]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Plan:
         """Written for one slider of one model at one guidance with one seed."""
         return len(SETTINGS) * self.prompts
 
-    def identity(self, model: ModulatedTransformer, **facts: Any) -> str:
+    def identity(self, model: LanguageModel, **facts: Any) -> str:
         """All that an answer depends on."""
         judge = None if self.judge is None else fingerprint(self.judge[0])
         everything = {
@@ -95,9 +95,9 @@ class Plan:
         return json.dumps(everything | facts)
 
 
-def fingerprint(model: ModulatedTransformer) -> str:
+def fingerprint(model: LanguageModel) -> str:
     """SHA-256 of the weights and the configuration."""
-    found = hashlib.sha256(model.config.model_dump_json().encode())
+    found = hashlib.sha256(model.core_config.model_dump_json().encode())
     for tensor in model.state_dict().values():
         found.update(tensor.contiguous().numpy().tobytes())
     return found.hexdigest()

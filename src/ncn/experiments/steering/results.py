@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ncn.core.model import ModulatedTransformer
+from ncn.core.interface import LanguageModel
 from ncn.experiments.steering.losses import difference, mean_loss
 from ncn.experiments.steering.obedience import SETTINGS, describe, distinct, interval, resampled_spearman, spearman
 from ncn.experiments.steering.plan import DISTINCT, DISTINCT_TOKENS, PROMPT_TOKENS, Array, Arrays, Plan
@@ -20,8 +20,8 @@ from ncn.steering.attributes import DocumentSliders
 
 def summarise(
     plan: Plan,
-    models: Mapping[str, ModulatedTransformer],
-    without: Mapping[str, ModulatedTransformer],
+    models: Mapping[str, LanguageModel],
+    without: Mapping[str, LanguageModel],
     losses: Mapping[str, Arrays],
     answers: Mapping[tuple[str, int, float], Sequence[Arrays]],
     guidances: Sequence[float],
@@ -37,11 +37,11 @@ def summarise(
     }
     found: dict[str, Any] = {}
     for label, model in models.items():
-        assert model.config.controller is not None
+        assert model.core_config.controller is not None
         own = losses[label]
         found[label] = {
-            "enter": model.config.controller.sliders_enter,
-            "kind": model.config.controller.kind,
+            "enter": model.core_config.controller.sliders_enter,
+            "kind": model.core_config.controller.kind,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "loss": {kind: mean_loss(own, kind) for kind in ("right", "unset", "wrong")},
             "right_against_unset": difference(own["right"], own["unset"], own["tokens"]),

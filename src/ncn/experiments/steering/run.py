@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
-from ncn.core.model import ModulatedTransformer
+from ncn.core.interface import LanguageModel
 from ncn.data.dataset import TokenDataset
 from ncn.data.tokenizer import Tokenizer
 from ncn.errors import UserError
@@ -51,12 +51,12 @@ class Steering:
 
 
 def steer(
-    models: Mapping[str, ModulatedTransformer],
+    models: Mapping[str, LanguageModel],
     tokenizer: Tokenizer,
     data: TokenDataset,
     folder: str | Path,
     *,
-    without: Mapping[str, ModulatedTransformer] | None = None,
+    without: Mapping[str, LanguageModel] | None = None,
     judge: Judge | None = None,
     prompts: int = 200,
     seeds: int = 3,
@@ -103,7 +103,7 @@ def steer(
         raise UserError("--decouple is of one model: measure it without --against")
     if mixes and others is not None:
         raise UserError("--decouple sets the other sliders itself: leave out --others")
-    longest = min(model.config.context_length for model in models.values())
+    longest = min(model.core_config.context_length for model in models.values())
     plan = Plan(
         data, tokenizer, names, prompts, seeds, temperature, judge, Path(folder) / "measured", batch_size, loss_tokens,
         longest, others if mixes is None else MIDDLE, mixes,
@@ -149,7 +149,7 @@ class _Answer:
     """Stories of one slider of one model with one seed: iterating writes and measures them, and gives how many stories
     there are so far and how many tokens were written since; `result` is then what is kept."""
 
-    def __init__(self, plan: Plan, model: ModulatedTransformer, index: int, guidance: float, seed: int) -> None:
+    def __init__(self, plan: Plan, model: LanguageModel, index: int, guidance: float, seed: int) -> None:
         self.plan, self.model, self.index, self.guidance, self.seed = plan, model, index, guidance, seed
         self.result: Arrays = {}
 
@@ -201,7 +201,7 @@ def _measured(plan: Plan, stories: list[list[int]], *, judged: bool) -> Arrays:
     return result
 
 
-def _losses(plan: Plan, label: str, model: ModulatedTransformer, names: tuple[str, ...]) -> Arrays:
+def _losses(plan: Plan, label: str, model: LanguageModel, names: tuple[str, ...]) -> Arrays:
     path, identity = plan.folder / f"{label}.loss.safetensors", plan.identity(model, sliders=list(names))
     kept = _kept(path, identity)
     if kept is None:
@@ -223,10 +223,10 @@ def _kept(path: Path, identity: str) -> Arrays | None:
     return load_file(path) if found == identity else None
 
 
-def _common_sliders(models: Mapping[str, ModulatedTransformer]) -> tuple[str, ...]:
+def _common_sliders(models: Mapping[str, LanguageModel]) -> tuple[str, ...]:
     names: tuple[str, ...] = ()
     for label, model in models.items():
-        own = model.config.controller.sliders if model.config.controller else ()
+        own = model.core_config.controller.sliders if model.core_config.controller else ()
         if not own:
             raise UserError(f"{label} has no sliders: train one with controller.sliders=[...]")
         if names and own != names:
@@ -235,10 +235,10 @@ def _common_sliders(models: Mapping[str, ModulatedTransformer]) -> tuple[str, ..
     return names
 
 
-def _check_vocabularies(models: Mapping[str, ModulatedTransformer], tokenizer: Tokenizer) -> None:
+def _check_vocabularies(models: Mapping[str, LanguageModel], tokenizer: Tokenizer) -> None:
     for label, model in models.items():
-        if model.config.vocab_size < tokenizer.vocab_size:
+        if model.core_config.vocab_size < tokenizer.vocab_size:
             raise UserError(
-                f"{label} has a vocabulary of {model.config.vocab_size}, and the tokenizer one of "
+                f"{label} has a vocabulary of {model.core_config.vocab_size}, and the tokenizer one of "
                 f"{tokenizer.vocab_size}: compare models of one tokenizer"
             )

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ncn.core.cache import Cache
+from ncn.core.interface import LanguageModel
 from ncn.core.model import ModulatedTransformer
 from ncn.core.types import ControlInputs
 
@@ -16,18 +17,18 @@ _FEWER = 0.75
 """Finished stories leave the batch when no more than this share of it is left: leaving copies the cache."""
 
 
-def one_document_a_row(model: ModulatedTransformer) -> ModulatedTransformer:
+def one_document_a_row(model: LanguageModel) -> LanguageModel:
     """The same model, for rows that hold one document each: what keeps documents apart is then only a cost."""
-    if model.config.cross_documents:
+    if model.core_config.cross_documents:
         return model
-    twin = ModulatedTransformer(model.config.override(cross_documents=True))
+    twin = ModulatedTransformer(model.core_config.override(cross_documents=True))
     twin.load_state_dict(model.state_dict())
     return twin.to(next(model.parameters())).eval().requires_grad_(False)
 
 
 @torch.inference_mode()
 def write_stories(
-    model: ModulatedTransformer,
+    model: LanguageModel,
     prompts: Int[Tensor, "rows tokens"],
     sliders: Float[Tensor, "rows 1 sliders"],
     uniform: Float[Tensor, "rows new"],
@@ -52,7 +53,7 @@ def write_stories(
         given = sliders[held]
         if guided:
             given, tokens = torch.cat([torch.full_like(given, math.nan), given]), torch.cat([tokens, tokens])
-        logits = model(tokens, cache=cache, last_only=True, control=ControlInputs(given)).logits[:, -1].float()
+        logits = model.read(tokens, cache=cache, last_only=True, control=ControlInputs(given)).logits[:, -1].float()
         if guided:
             unset, steered = logits.chunk(2)
             logits = unset + guidance * (steered - unset)
