@@ -22,7 +22,7 @@ Advance = Callable[[int], None]
 """Told of every batch how many tokens it had, for a progress bar."""
 
 SHORTEST = 12  # tokens of a text that is worth a place in the record
-MOST_READ = 4_000_000  # tokens of a dataset that are looked through for texts
+MOST_READ = 2**22  # tokens of a dataset that are looked through for texts
 FEW_DOCUMENTS = 20
 
 
@@ -125,14 +125,7 @@ def choose_texts(
 def _documents(data: TokenDataset | Iterable[Sequence[int]], separator: int | None) -> list[Ids]:
     if not isinstance(data, TokenDataset):
         return [np.asarray(ids, dtype=np.int64) for ids in data]
-    parts, found = [], 0
-    for inputs, targets in data.windows(4096, 64):
-        kept = inputs[targets != IGNORED].numpy()
-        parts.append(kept)
-        found += len(kept)
-        if found >= MOST_READ:
-            break
-    stream = np.concatenate(parts)
+    stream = data.read(0, min(data.tokens - 1, MOST_READ))  # but for the separator that ends the last document
     return [part for part in np.split(stream, np.flatnonzero(stream == data.separator_id)) if len(part)]
 
 
