@@ -105,7 +105,7 @@ def test_validation_is_by_task_with_the_tasks_given(texts: Path, tmp_path: Path)
     run, valid = RunFolder.open(tmp_path / "run"), ncn.TokenDataset.open(texts / "valid")
     model, _ = ncn.load(tmp_path / "run")
     given = DocumentInputs(valid, model.config.controller)
-    losses = document_losses(model, valid, given=given)
+    losses = document_losses(model, valid, document_inputs=given)
     found = run.summary()["validation_tasks"]
     assert set(found) == {"calm", "loud"}
     assert found["loud"]["validation_loss"] == pytest.approx(losses.nats[20:].sum() / losses.tokens[20:].sum())

@@ -137,7 +137,7 @@ def test_training_weighs_its_targets(data: Path, tmp_path: Path) -> None:
         training = begin(recipe(accumulation), data, tmp_path / str(parts), valid=None, resume=False)
         if parts is None:  # by hand, token by token
             batch = training.dataset.batch(1, 0, 6, 64)
-            control, shares = training._given()
+            control, shares = training._control()
             assert shares is not None
             assert shares.std() > 0.1
             logits = training.model(batch.inputs, control=control).logits.flatten(0, 1)

@@ -91,12 +91,12 @@ class _Step:
         if compile and not model.compiles:
             raise UserError("a controller on a base writes as it is; leave out compile")
         self.model = model
-        self.compiled = compiled(model.forward, dynamic=True) if compile else None
+        self.compiled = compiled(model.read, dynamic=True) if compile else None
         self.shortest = max(2, model.core_config.controller.phasic_kernel if model.core_config.controller else 0)
 
     def __call__(self, tokens: Tensor, *, cache: Cache, **options: Any) -> ModelOutput:
         if self.compiled is None or tokens.shape[1] > 1 or cache.length < self.shortest:
-            result: ModelOutput = self.model(tokens, cache=cache, **options)
+            result: ModelOutput = self.model.read(tokens, cache=cache, **options)
             return result
         return self.compiled(tokens, cache=cache, **options)
 
