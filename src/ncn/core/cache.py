@@ -7,11 +7,12 @@ to a cache is done to all of it alike: cropping forgets the last slots, reorderi
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from ncn.errors import UserError
 
@@ -23,9 +24,6 @@ class Cache:
         """`capacity` is the number of slots to allocate at first; a cache grows beyond it by doubling."""
         self.length = 0
         """Slots held before the tokens at hand; `advance` moves it once all layers have written."""
-        self.foreign: Any = None
-        """The cache of a model that keeps its own, which then holds everything but the length: a transformers cache,
-        which crops, reorders and repeats what rides on it."""
         self._capacity = capacity
         self._slots: dict[str, Tensor] = {}
 
@@ -46,10 +44,10 @@ class Cache:
         """Put a layer's new keys and values (batch, tokens, kv_heads, head_dim) behind those held; all of both."""
         return self.write(f"keys.{layer}", keys), self.write(f"values.{layer}", values)
 
-    def begin(self, name: str, held: Tensor) -> None:
-        """Start the entry `name` late: `held` (batch, length, ...) is what it would hold by now."""
-        assert held.shape[1] == self.length
-        self._slots[name] = held
+    def begin_segments(self, batch: int, device: torch.device) -> None:
+        """Start the entries of segments and positions late: what is held so far was one document, from position 0."""
+        segments = torch.ones(batch, self.length, dtype=torch.long, device=device)
+        self._slots |= {"segments": segments, "positions": segments.cumsum(1) - 1}
 
     def check_batch(self, batch: int) -> None:
         """Raises `UserError` if the cache holds another number of sequences."""
@@ -75,26 +73,46 @@ class Cache:
         length = self.length + length if length < 0 else length
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a cache of {self.length} slots to {length}")
-        if self.foreign is not None and 0 < length < self.length:
-            self.foreign.crop(length - self.length)
         self.length = length
         if not length:
             self._slots.clear()
-            self.foreign = None
 
     def reorder(self, rows: Int[Tensor, " rows"]) -> None:
         """Replace the batch by its `rows`, which may repeat: the step between two tokens of a beam search."""
         self._slots = {name: buffer.index_select(0, rows.to(buffer.device)) for name, buffer in self._slots.items()}
-        if self.foreign is not None:
-            self.foreign.reorder_cache(rows)
 
     def repeat(self, times: int) -> None:
         """Repeat each row of the batch `times` times, copies side by side."""
         self._slots = {name: torch.repeat_interleave(buffer, times, 0) for name, buffer in self._slots.items()}
-        if self.foreign is not None:
-            self.foreign.batch_repeat_interleave(times)
+
+    def forget_first(self, slots: int) -> None:
+        """Forget the first slots, which are padding in every row."""
+        self._slots = {name: buffer[:, slots : self.length].clone() for name, buffer in self._slots.items()}
+        self.length -= slots
+
+    @classmethod
+    def joined(cls, caches: Sequence[Cache]) -> Cache:
+        """One cache with the rows of all, their ends side by side. Before a shorter row there is padding."""
+        joined = cls()
+        joined.length = max(cache.length for cache in caches)
+        padded = any(cache.length < joined.length for cache in caches)
+        if padded or any("segments" in cache._slots for cache in caches):
+            for cache in caches:
+                if "segments" not in cache._slots:
+                    some = next(iter(cache._slots.values()))
+                    cache.begin_segments(len(some), some.device)
+        joined._slots = {
+            name: torch.cat([_padded(cache._slots[name][:, : cache.length], joined.length) for cache in caches])
+            for name in caches[0]._slots
+        }
+        return joined
 
     @property
     def nbytes(self) -> int:
         """Bytes of the slots held."""
         return sum(buffer[:, : self.length].nbytes for buffer in self._slots.values())
+
+
+def _padded(held: Tensor, slots: int) -> Tensor:
+    """(batch, slots, ...) with zeros in front: segment 0 is padding, which nothing looks at."""
+    return F.pad(held, (0, 0) * (held.ndim - 2) + (slots - held.shape[1], 0))

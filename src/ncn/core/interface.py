@@ -83,6 +83,11 @@ class LanguageModel(nn.Module, ABC):
         """Write what `ncn.load` needs of the model, but for its tokenizer, to a folder that exists; every file under a
         temporary name first. `dtype` is the number format of the weights (default: the one they have)."""
 
+    def new_cache(self, capacity: int = 0, *, joins: bool = False) -> Cache:
+        """An empty cache for reading piece by piece, of `capacity` slots at first. `joins`: whether it will be joined
+        with others (`Cache.joined`)."""
+        return Cache(capacity)
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

@@ -29,7 +29,8 @@ def find_segments(
     if before is None and not separate and (attention_mask is None or _all_true(attention_mask)):
         return None
     if cache is not None and cache.length and before is None:
-        before = _begin_segments(cache, embeddings.shape[0], embeddings.device)
+        cache.begin_segments(embeddings.shape[0], embeddings.device)
+        before = cache.last("segments", 1)
     shape = embeddings.shape[:2]
     first = torch.zeros(shape[0], 1, dtype=torch.long, device=embeddings.device) if before is None else before
     if separate:
@@ -101,11 +102,3 @@ def _check_padding(mask: Tensor) -> None:
 def _all_true(mask: Tensor) -> bool:
     # Looking would end a compiled graph, and saves only time.
     return not torch.compiler.is_compiling() and bool(mask.all())
-
-
-def _begin_segments(cache: Cache, batch: int, device: torch.device) -> Tensor:
-    """The first padding after a start without any: what the cache holds was one document, from position 0."""
-    segments = torch.ones(batch, cache.length, dtype=torch.long, device=device)
-    cache.begin("segments", segments)
-    cache.begin("positions", segments.cumsum(1) - 1)
-    return segments[:, -1:]

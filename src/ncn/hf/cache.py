@@ -49,10 +49,16 @@ def state_of(host: TransformersCache) -> Cache:
                 f"past_key_values holds {int(host.get_seq_length())} tokens that this model has not seen; start with "
                 "an empty cache, since keys and values alone do not tell the controller what came before"
             )
-        layer.__class__ = _with_state(type(layer))  # type: ignore[arg-type]
-        layer.ncn_state = Cache()
+        put_state(host, Cache())
     state: Cache = layer.ncn_state
     return state
+
+
+def put_state(host: TransformersCache, state: Cache) -> None:
+    """Let a state ride on a transformers cache that has none."""
+    layer: Any = host.layers[0]
+    layer.__class__ = _with_state(type(layer))  # type: ignore[arg-type]
+    layer.ncn_state = state
 
 
 @functools.cache

@@ -1,24 +1,321 @@
-"""Decoding: the model continues a prompt, one token at a time, over one cache."""
+"""Decoding: texts are continued together, one token each at a time, in a batch that they join and leave.
+
+Every row has a prompt, a way of sampling, and inputs of the controller of its own, and writes what it writes alone.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ncn.core.cache import Cache
 from ncn.core.interface import LanguageModel, ModelOutput
+from ncn.core.signals.table import Frozen, signal_shape
 from ncn.core.types import ControlInputs, Instructions
 from ncn.errors import UserError
-from ncn.inference.sampling import check_sampling, choose
+from ncn.inference.sampling import Sampling, choose
 from ncn.machine.compiling import compiled
 from ncn.steering.values import EMPTY_INSTRUCTION, SliderEnds, both_ends, check_ends
 
+_FEWER = 0.75
+"""Rows that have ended leave the cache when no more than this share of it still writes: leaving copies the cache."""
 
-@torch.inference_mode()
+
+@dataclass(frozen=True)
+class Request:
+    """A text to be continued.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_tokens: most new tokens.
+        sampling: how they are chosen.
+        stop_id: the token that ends the text, and is no part of it.
+        sliders: inputs of the controller by name, each a number from 0 to 1, or a pair of numbers: from the first at
+            the prompt to the second at `max_tokens`. Those that are not named are unset.
+        task: one of the model's tasks.
+        instruction: token ids of an instruction.
+        guidance: above 1, extrapolate from the model without sliders, task and instruction to the model with them:
+            logits are unset + guidance · (set − unset).
+        frozen: signals by name held at values (layers[, sites]), or at one for all; NaN leaves a value free.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop_id: int | None = None
+    sliders: Mapping[str, SliderEnds] = field(default_factory=dict)
+    task: str | None = None
+    instruction: Sequence[int] | None = None
+    guidance: float = 1.0
+    frozen: Frozen = field(default_factory=dict)
+
+
+class Row:
+    """A text that is being written.
+
+    Attributes:
+        tokens: those written so far.
+        ended: None while it goes on; then "stop", at its `stop_id`, or "length", at `max_tokens` or a full context.
+    """
+
+    def __init__(self, request: Request, model: LanguageModel) -> None:
+        """Raises `UserError` for a request that the model cannot serve."""
+        self.request = request
+        self.tokens: list[int] = []
+        self.ended: Literal["stop", "length"] | None = None
+        config, controller = model.core_config, model.core_config.controller
+        if request.max_tokens < 1:
+            raise UserError(f"max_tokens must be at least 1, not {request.max_tokens}")
+        if not request.prompt:
+            raise UserError("the prompt is empty: give at least one token")
+        self.room = min(request.max_tokens, config.context_length - len(request.prompt))
+        if self.room <= 0:
+            raise UserError(
+                f"the prompt has {len(request.prompt)} tokens (with the separator in front) and the model's context is "
+                f"{config.context_length}; shorten it"
+            )
+        known, tasks = (controller.sliders, controller.tasks) if controller else ((), ())
+        check_ends(request.sliders, known)
+        if request.task is not None and request.task not in tasks:
+            raise UserError(f"this model has no task {request.task!r}; it has {', '.join(tasks) or 'none'}")
+        if request.guidance < 0:
+            raise UserError(f"guidance must be 0 or more, not {request.guidance}")
+        if request.instruction is not None and not request.instruction:
+            raise UserError(EMPTY_INSTRUCTION)
+        given = request.sliders or request.task is not None or request.instruction is not None
+        if request.guidance != 1 and not given:
+            raise UserError("guidance leads towards sliders, a task or an instruction, and none is set")
+        self.ends = [both_ends(request.sliders.get(name, math.nan)) for name in known] if request.sliders else []
+        self.task = -1 if request.task is None else tasks.index(request.task)
+        self.instruction: Tensor | None = None  # (width,)
+        if request.instruction is not None:
+            said = Instructions(torch.tensor([[*request.instruction]]), torch.zeros(1, 1, dtype=torch.long))
+            pooled = model.pooled(ControlInputs(instruction=said).to(model.device))
+            assert pooled is not None
+            assert isinstance(pooled.instruction, Tensor)
+            self.instruction = pooled.instruction[0, 0]
+
+    @property
+    def guided(self) -> bool:
+        """Whether it is read a second time, with nothing set."""
+        return self.request.guidance != 1
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and those written."""
+        return len(self.request.prompt) + len(self.tokens)
+
+    def sliders(self) -> list[float]:
+        """Those of the next token; empty where none is set."""
+        share = min(len(self.tokens) / max(self.request.max_tokens - 1, 1), 1)
+        return [first + share * (last - first) for first, last in self.ends]
+
+    def take(self, token: int) -> None:
+        """Write the next token, or end."""
+        if token == self.request.stop_id:
+            self.ended = "stop"
+            return
+        self.tokens.append(token)
+        if len(self.tokens) == self.room:
+            self.ended = "length"
+
+
+class _Batch:
+    """Rows that are read together, and their cache; a guided row is two of the cache's, unset and set."""
+
+    def __init__(self, rows: list[Row], cache: Cache) -> None:
+        self.rows, self.cache = rows, cache
+
+    @property
+    def read(self) -> list[tuple[Row, bool]]:
+        """What each row of the cache is: a text, and whether it is read with what is set."""
+        return [(row, isset) for row in self.rows for isset in ((False, True) if row.guided else (True,))]
+
+    def control(self, device: torch.device) -> ControlInputs:
+        """What the controller is given from outside at the next token; None where no row has any of the kind."""
+        read = self.read
+        sliders = tasks = instruction = None
+        if any(row.ends for row in self.rows):
+            unset = [math.nan] * max(len(row.ends) for row in self.rows)
+            values = [[row.sliders() if isset and row.ends else unset] for row, isset in read]
+            sliders = torch.tensor(values)
+        if any(row.task >= 0 for row in self.rows):
+            tasks = torch.tensor([[row.task if isset else -1] for row, isset in read])
+        said = [row.instruction for row in self.rows if row.instruction is not None]
+        if said:
+            nothing = torch.zeros_like(said[0])
+            rows = [row.instruction if isset and row.instruction is not None else nothing for row, isset in read]
+            instruction = torch.stack(rows)[:, None]
+        return ControlInputs(sliders, tasks, instruction).to(device)
+
+    def frozen(self, model: LanguageModel) -> Frozen | None:
+        """Signals held still, (rows, 1, layers[, sites]) by name, NaN where they are not; None where all are free."""
+        names = {name for row in self.rows for name in row.request.frozen}
+        if not names:
+            return None
+        config, read = model.core_config, self.read
+        found = {}
+        for name in names:
+            shape = (config.num_layers, *signal_shape(name, config))
+            values = [row.request.frozen.get(name, torch.tensor(math.nan)).float().expand(shape) for row, _ in read]
+            found[name] = torch.stack(values)[:, None].to(model.device)
+        return found
+
+    def keep(self, wanted: Sequence[Row]) -> None:
+        """Let all other rows leave, and forget the padding that no row is left to need."""
+        kept = [place for place, (row, _) in enumerate(self.read) if row in wanted]
+        self.rows = [row for row in self.rows if row in wanted]
+        self.cache.reorder(torch.tensor(kept))
+        padding = self.cache.length - max(row.length - 1 for row in self.rows)
+        if padding:
+            self.cache.forget_first(padding)
+
+
+class Decoder:
+    """Continues texts together. Rows `join` at any time, `step` writes a token of each, and they `leave` by ending.
+
+    What a row writes does not depend on the others: logits differ by the rounding of a batch's matrix products, about
+    1e-5, and the numbers that tokens are drawn with not at all.
+    """
+
+    def __init__(self, model: LanguageModel, *, compile: bool = False, joins: bool = True) -> None:
+        """
+        Args:
+            compile: compile the step of one token; see `generate_tokens`.
+            joins: whether rows may join after others have; without, a base's cache may be smaller.
+        """
+        if compile and not model.compiles:
+            raise UserError("a controller on a base writes as it is; leave out compile")
+        self.model, self.joins = model, joins
+        self._compiled = compiled(model.read, dynamic=True) if compile else None
+        controller = model.core_config.controller
+        # one compiled step serves all: for a single token after more than the controller's convolution reaches back to
+        self._shortest = max(2, controller.phasic_kernel if controller else 0)
+        self._batch: _Batch | None = None
+        self._fresh: list[tuple[_Batch, Float[Tensor, "rows vocabulary"]]] = []
+        """Rows that have joined since the last step, with the logits of their first token."""
+
+    @property
+    def rows(self) -> list[Row]:
+        """The texts that are being written."""
+        batches = [*([self._batch] if self._batch else []), *(batch for batch, _ in self._fresh)]
+        return [row for batch in batches for row in batch.rows if row.ended is None]
+
+    @torch.inference_mode()
+    def join(self, requests: Sequence[Request]) -> list[Row]:
+        """Read the prompts of more texts, all at once; raises `UserError` for a request that cannot be served."""
+        if self._batch and not self.joins:
+            raise ValueError("this decoder was made for rows that begin together")
+        rows = [Row(request, self.model) for request in requests]
+        longest, device = max(row.length for row in rows), self.model.device
+        most = max(row.length + row.room for row in rows)
+        capacity = self.model.core_config.context_length if self._compiled else most
+        batch = _Batch(rows, self.model.new_cache(capacity, joins=self.joins))
+        prompts = [row.request.prompt for row, _ in batch.read]
+        tokens = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device)
+        mask = None
+        if min(map(len, prompts)) < longest:
+            first = torch.tensor([[longest - len(prompt)] for prompt in prompts], device=device)
+            mask = torch.arange(longest, device=device) >= first
+        self._fresh.append((batch, self._read(batch, tokens, mask)))
+        return rows
+
+    @torch.inference_mode()
+    def step(self) -> list[Row]:
+        """One token for every text that is being written; gives those texts, of which some have ended with it."""
+        parts = self._fresh
+        if self._batch and self.rows:
+            tokens = [row.tokens[-1] if row.tokens else 0 for row, _ in self._batch.read]  # 0: it ended at once
+            logits = self._read(self._batch, torch.tensor(tokens, device=self.model.device)[:, None], None)
+            parts = [(self._batch, logits), *parts]
+        if not parts:
+            return []
+        rows = [row for batch, _ in parts for row in batch.rows]
+        logits = torch.cat([logits for _, logits in parts]) if len(parts) > 1 else parts[0][1]
+        chosen = choose(logits, [row.request.sampling for row in rows], [row.length for row in rows]).tolist()
+        written = [(row, token) for row, token in zip(rows, chosen, strict=True) if row.ended is None]
+        for row, token in written:
+            row.take(token)
+        self._merge()
+        return [row for row, _ in written]
+
+    @torch.inference_mode()
+    def leave(self, row: Row) -> None:
+        """Stop writing a text."""
+        row.ended = row.ended or "length"
+        if self._batch:
+            self._tidy()
+
+    def _read(self, batch: _Batch, tokens: Tensor, mask: Tensor | None) -> Float[Tensor, "rows vocabulary"]:
+        """Logits of every row's next token, guided."""
+        options: dict[str, Any] = {"frozen": frozen} if (frozen := batch.frozen(self.model)) else {}
+        step = self._compiled
+        if step is None or mask is not None or tokens.shape[1] > 1 or batch.cache.length < self._shortest:
+            step = self.model.read
+        control = batch.control(self.model.device)
+        output: ModelOutput = step(tokens, mask, cache=batch.cache, last_only=True, control=control, **options)
+        logits = output.logits[:, -1]
+        if not any(row.guided for row in batch.rows):
+            return logits
+        isset = [place for place, (_, isset) in enumerate(batch.read) if isset]
+        unset = [place - row.guided for place, row in zip(isset, batch.rows, strict=True)]
+        guidance = torch.tensor([row.request.guidance for row in batch.rows], device=logits.device)[:, None]
+        return logits[unset] + guidance * (logits[isset] - logits[unset])
+
+    def _merge(self) -> None:
+        """Put the rows that have joined into the batch, now that every one has a token to be read."""
+        batches = [*([self._batch] if self._batch else []), *(batch for batch, _ in self._fresh)]
+        self._fresh = []
+        if len(batches) > 1:
+            for batch in batches:
+                living = [row for row in batch.rows if row.ended is None]
+                if 0 < len(living) < len(batch.rows):
+                    batch.keep(living)
+            batches = [batch for batch in batches if any(row.ended is None for row in batch.rows)]
+        if len(batches) > 1:
+            cache = type(batches[0].cache).joined([batch.cache for batch in batches])
+            batches = [_Batch([row for batch in batches for row in batch.rows], cache)]
+        self._batch = batches[0] if batches else None
+        if self._batch:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Take rows that have ended out of the batch, when enough of them have, or there is no room for a slot."""
+        batch = self._batch
+        assert batch is not None
+        living = [row for row in batch.rows if row.ended is None]
+        full = batch.cache.length >= self.model.core_config.context_length
+        if not living:
+            self._batch = None
+        elif len(living) <= _FEWER * len(batch.rows) or full:
+            batch.keep(living)
+
+
+def write(model: LanguageModel, requests: Sequence[Request], rows: int) -> Iterator[tuple[int, Row]]:
+    """Continue many texts, `rows` at once at most; gives the number of a request and its text, as they end.
+
+    Others join as texts end, a quarter of the rows at a time: reading prompts together is cheaper.
+    """
+    decoder = Decoder(model, joins=len(requests) > rows)
+    waiting, numbers = list(enumerate(requests)), dict[int, int]()
+    while waiting or decoder.rows:
+        free = rows - len(decoder.rows)
+        if waiting and free >= min(len(waiting), (1 - _FEWER) * rows):
+            joining, waiting = waiting[:free], waiting[free:]
+            joined = decoder.join([request for _, request in joining])
+            numbers |= {id(row): number for row, (number, _) in zip(joined, joining, strict=True)}
+        for row in decoder.step():
+            if row.ended is not None:
+                yield numbers[id(row)], row
+
+
 def generate_tokens(
     model: LanguageModel,
     prompt: list[int],
@@ -33,118 +330,27 @@ def generate_tokens(
     task: str | None = None,
     instruction: Sequence[int] | None = None,
     guidance: float = 1.0,
+    frozen: Frozen | None = None,
     compile: bool = False,
 ) -> Iterator[int]:
     """Yield new token ids as they come; ends at `stop_id` (not yielded), after `max_tokens`, or at a full context.
 
-    `temperature` 0 takes the likeliest token; else tokens are drawn, from the `top_k` likeliest and from the smallest
-    set with probability `top_p` where given. The same `seed` gives the same tokens.
-
-    `sliders` sets inputs of the controller by name, each a number from 0 to 1, or a pair of numbers: from the first at
-    the prompt to the second at `max_tokens`. Those that are not named are unset. `task` names one of the model's tasks,
-    and `instruction` is the token ids of an instruction. `guidance` above 1 extrapolates from the model without them to
-    the model with them: logits are unset + guidance · (set - unset).
+    The arguments are those of `Request` and `Sampling`: the same `seed` gives the same tokens.
 
     `compile` compiles the step of one token, which takes up to a minute at the first text that a process writes with
     the model, and with each other kind of inputs from outside. From then on a step takes a third to two thirds of the
     time, because most of what it does is too little work for an operation of its own. Numbers may differ in their last
     bits from those of the step as it is. torch compiles eight kinds of step in one process; others run as they are.
     """
-    check_sampling(max_tokens, temperature, top_k, top_p)
-    setting = _Setting(model, sliders or {}, task, instruction, guidance, max_tokens)
-    room = model.core_config.context_length - len(prompt)
-    if not prompt:
-        raise UserError("the prompt is empty: give at least one token")
-    if room <= 0:
-        raise UserError(
-            f"the prompt has {len(prompt)} tokens (with the separator in front) and the model's context is "
-            f"{model.core_config.context_length}; shorten it"
-        )
-    device = model.device
-    generator = torch.Generator(device)
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    longest = model.core_config.context_length
-    cache = Cache(capacity=longest if compile else min(len(prompt) + max_tokens, longest))
-    step = _Step(model, compile)
-    tokens = torch.tensor([prompt], device=device)
-    for number in range(min(max_tokens, room)):
-        rows = tokens.expand(setting.rows, -1)
-        logits = setting.guided(
-            step(rows, cache=cache, last_only=True, control=setting.inputs(number, device)).logits[:, -1]
-        )
-        chosen = choose(logits, temperature, top_k, top_p, generator)
-        token = int(chosen)
-        if token == stop_id:
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    request = Request(
+        prompt, max_tokens, sampling, stop_id, sliders or {}, task, instruction, guidance, frozen or {}
+    )  # fmt: skip
+    decoder = Decoder(model, compile=compile, joins=False)
+    (row,) = decoder.join([request])
+    for number in itertools.count():
+        decoder.step()
+        if len(row.tokens) > number:
+            yield row.tokens[number]
+        if row.ended is not None:
             return
-        yield token
-        tokens = chosen.view(1, 1)
-
-
-class _Step:
-    """The model's forward pass, compiled if asked for where one compiled step serves all: for a single token after
-    more than the controller's convolution reaches back to, in a cache of one size."""
-
-    def __init__(self, model: LanguageModel, compile: bool) -> None:
-        if compile and not model.compiles:
-            raise UserError("a controller on a base writes as it is; leave out compile")
-        self.model = model
-        self.compiled = compiled(model.read, dynamic=True) if compile else None
-        self.shortest = max(2, model.core_config.controller.phasic_kernel if model.core_config.controller else 0)
-
-    def __call__(self, tokens: Tensor, *, cache: Cache, **options: Any) -> ModelOutput:
-        if self.compiled is None or tokens.shape[1] > 1 or cache.length < self.shortest:
-            result: ModelOutput = self.model.read(tokens, cache=cache, **options)
-            return result
-        return self.compiled(tokens, cache=cache, **options)
-
-
-class _Setting:
-    """The sliders, task and instruction of a text that is being written, and the guidance towards them."""
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        sliders: Mapping[str, SliderEnds],
-        task: str | None,
-        instruction: Sequence[int] | None,
-        guidance: float,
-        max_tokens: int,
-    ) -> None:
-        known = model.core_config.controller.sliders if model.core_config.controller else ()
-        check_ends(sliders, known)
-        tasks = model.core_config.controller.tasks if model.core_config.controller else ()
-        if task is not None and task not in tasks:
-            raise UserError(f"this model has no task {task!r}; it has {', '.join(tasks) or 'none'}")
-        if guidance < 0:
-            raise UserError(f"guidance must be 0 or more, not {guidance}")
-        if instruction is not None and not instruction:
-            raise UserError(EMPTY_INSTRUCTION)
-        if guidance != 1 and not sliders and task is None and instruction is None:
-            raise UserError("guidance leads towards sliders, a task or an instruction, and none is set")
-        self.guidance, self.last = guidance, max(max_tokens - 1, 1)
-        self.rows = 1 if guidance == 1 else 2
-        self.ends = [both_ends(sliders.get(name, math.nan)) for name in known] if sliders else []
-        self.task = None if task is None else tasks.index(task)
-        self.instruction = None if instruction is None else torch.tensor([[*instruction]])
-
-    def inputs(self, number: int, device: torch.device) -> ControlInputs:
-        """For the token after `number` new ones; the first of two rows is unset."""
-        sliders = tasks = instruction = None
-        if self.ends:
-            share = min(number / self.last, 1)
-            values = torch.tensor([[[first + share * (last - first) for first, last in self.ends]]])
-            sliders = torch.cat([*[torch.full_like(values, math.nan)] * (self.rows - 1), values])
-        if self.task is not None:
-            tasks = torch.tensor([*[[-1]] * (self.rows - 1), [self.task]])
-        if self.instruction is not None:
-            instruction = Instructions(self.instruction, torch.tensor([*[[-1]] * (self.rows - 1), [0]]))
-        return ControlInputs(sliders, tasks, instruction).to(device)
-
-    def guided(self, logits: Tensor) -> Tensor:
-        """The logits to draw from, of those of all rows."""
-        if self.rows == 1:
-            return logits[0]
-        return logits[0] + self.guidance * (logits[1] - logits[0])

@@ -1,8 +1,8 @@
-"""Decoding: the model continues a prompt, one token at a time, over one cache."""
+"""A prompt in words, continued in words as they come."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ncn.core.interface import LanguageModel
@@ -25,14 +25,40 @@ def generate(
     options.setdefault("stop_id", tokenizer.separator_id)
     if instruction is not None:
         options["instruction"] = instruction_ids(instruction, tokenizer.encode)
-    made: list[int] = []
-    shown = ""
+    stream = TextStream(tokenizer.decode)
     for token in generate_tokens(model, ids, **options):
-        made.append(token)
-        text = tokenizer.decode(made)
-        if not text.endswith("\ufffd"):  # the bytes of a character may be spread over several tokens
-            yield text[len(shown) :]
-            shown = text
-    rest = tokenizer.decode(made)[len(shown) :]
-    if rest:
+        if piece := stream.add(token):
+            yield piece
+    if rest := stream.rest():
         yield rest
+
+
+class TextStream:
+    """The text of tokens that come one by one, in pieces that join up to the text of all; none ends inside a character.
+
+    Only the last piece's tokens are decoded again with a new one: a decoder may treat the first token of a text
+    differently, but not the tokens after it.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._known: list[int] = []
+        """The tokens of the last piece, whose text is `_text`."""
+        self._text = ""
+        self._new: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The next piece; empty while a character's bytes, spread over several tokens, are not complete."""
+        self._new.append(token)
+        text = self._decode([*self._known, *self._new])
+        return "" if text.endswith("\ufffd") else self._piece(text)
+
+    def rest(self) -> str:
+        """What is left when no more tokens come."""
+        return self._piece(self._decode([*self._known, *self._new])) if self._new else ""
+
+    def _piece(self, text: str) -> str:
+        piece = text[len(self._text) :]
+        self._known, self._new = self._new, []
+        self._text = self._decode(self._known)
+        return piece

@@ -27,6 +27,7 @@ from ncn.errors import UserError
 from ncn.machine.files import read_json
 from ncn.machine.hub import from_hub, is_hub_name
 from ncn.retrofit.attach import AttachedController, attach
+from ncn.retrofit.cache import BaseCache
 from ncn.retrofit.families import core_config
 from ncn.retrofit.loading import load_controller
 
@@ -90,20 +91,38 @@ class RetrofittedModel(LanguageModel):
                 f"{start + tokens} tokens do not fit into the base's context of {self.config.context_length}; "
                 "shorten the text"
             )
-        if cache is not None and cache.foreign is None:
-            cache.foreign = DynamicCache(config=self.base.config.get_text_config())
+        assert cache is None or isinstance(cache, BaseCache)
         if control is not None:
             check_inputs(control, self.config)
+        options = self._padding(attention_mask, cache, embeddings)
         with self.handle.frozen_at(frozen or {}), self.handle.fed_by(lambda *_: control):
             hidden: Tensor = self.handle.decoder(
                 inputs_embeds=embeddings,
-                attention_mask=attention_mask,
-                past_key_values=None if cache is None else cache.foreign,
+                past_key_values=None if cache is None else cache.base,
                 use_cache=cache is not None,
+                **options,
             ).last_hidden_state
         if cache is not None:
             cache.advance(tokens)
         return hidden, dict(self.handle.signals)
+
+    def new_cache(self, capacity: int = 0, *, joins: bool = False) -> BaseCache:
+        """As `LanguageModel.new_cache`; where layers look back only so far, a cache that will be joined keeps all."""
+        config = self.base.config.get_text_config()
+        return BaseCache(DynamicCache() if joins else DynamicCache(config=config))
+
+    def _padding(self, mask: Tensor | None, cache: BaseCache | None, embeddings: Hidden) -> dict[str, Tensor | None]:
+        """What the base must know of padding: the mask of all slots, and the tokens' positions without it."""
+        held = None if cache is None else cache.real_slots()
+        if mask is None and (held is None or bool(held.all())):
+            return {"attention_mask": None}
+        batch, tokens = embeddings.shape[:2]
+        own = torch.ones(batch, tokens, dtype=torch.bool, device=embeddings.device) if mask is None else mask
+        if cache is not None and cache.length:
+            before = torch.ones_like(own[:, :1]).expand(-1, cache.length) if held is None else held
+            own = torch.cat([before, own], 1)
+        positions = (own.long().cumsum(1) - 1).clamp(min=0)[:, -tokens:]
+        return {"attention_mask": own, "position_ids": positions}
 
     def write(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """The controller, and where its base is; in the number format that it has."""

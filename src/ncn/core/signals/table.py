@@ -173,10 +173,10 @@ Frozen = Mapping[str, Tensor]
 
 
 def freeze(name: str, signal: Tensor, frozen: Frozen, first: int) -> Tensor:
-    """The signal of the layers from `first` on, replaced where `frozen` names it."""
+    """The signal of the layers from `first` on, replaced where `frozen` names it; NaN leaves it as it is."""
     if name not in frozen:
         return signal
     value, layers = frozen[name].to(signal), signal.shape[2]
     if value.ndim > 2 and value.shape[2] != 1:  # given for all layers of the model: this tap's share
         value = value[:, :, first : first + layers]
-    return value.expand(signal.shape)
+    return torch.where(value.isnan(), signal, value)

@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from safetensors.numpy import load_file
-from torch import Tensor
 
 from ncn.core.interface import LanguageModel
 from ncn.data.dataset import TokenDataset
@@ -73,9 +71,9 @@ class Plan:
         object.__setattr__(self, "documents", [self.data.read(a, b - a).tolist() for a, b in chosen])
 
     @property
-    def beginnings(self) -> Tensor:
-        """(prompts, a separator and `PROMPT_TOKENS` tokens)."""
-        return torch.tensor([document[: PROMPT_TOKENS + 1] for document in self.documents])
+    def beginnings(self) -> list[list[int]]:
+        """The prompts: a separator and `PROMPT_TOKENS` tokens each."""
+        return [document[: PROMPT_TOKENS + 1] for document in self.documents]
 
     @property
     def stories(self) -> int:
@@ -86,7 +84,7 @@ class Plan:
         """All that an answer depends on."""
         judge = None if self.judge is None else fingerprint(self.judge[0])
         everything = {
-            "format": 2, "model": fingerprint(model), "data": self.data.fingerprint, "prompts": self.prompts,
+            "format": 3, "model": fingerprint(model), "data": self.data.fingerprint, "prompts": self.prompts,
             "temperature": self.temperature, "judge": judge, "longest": self.longest,
             "loss_tokens": self.loss_tokens, "batch_size": self.batch_size,
         }  # fmt: skip

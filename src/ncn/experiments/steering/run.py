@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from ncn.core.interface import LanguageModel
+from ncn.core.model import ModulatedTransformer
 from ncn.data.dataset import TokenDataset
 from ncn.data.tokenizer import Tokenizer
 from ncn.errors import UserError
@@ -22,8 +23,9 @@ from ncn.experiments.steering.losses import window_losses
 from ncn.experiments.steering.obedience import SETTINGS, distinct
 from ncn.experiments.steering.plan import DISTINCT, DISTINCT_TOKENS, PROMPT_TOKENS, Arrays, Judge, Plan
 from ncn.experiments.steering.results import summarise
-from ncn.experiments.steering.writing import one_document_a_row, write_stories
+from ncn.inference.decoding import Request, write
 from ncn.inference.evaluate import bits_per_byte
+from ncn.inference.sampling import Sampling
 from ncn.machine.files import write_atomically, write_json
 from ncn.machine.progress import ProgressReport
 from ncn.steering.attributes import DocumentSliders, measure, rank
@@ -155,7 +157,6 @@ class _Answer:
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         plan, room = self.plan, self.plan.longest - PROMPT_TOKENS - 1
-        uniform = torch.rand(plan.prompts, room, generator=torch.Generator().manual_seed(self.seed))
         twin = one_document_a_row(self.model)
         settings = torch.arange(len(SETTINGS)).repeat_interleave(plan.prompts)
         prompts = torch.arange(plan.prompts).repeat(len(SETTINGS))
@@ -165,14 +166,33 @@ class _Answer:
             sliders = torch.from_numpy(plan.decoupled[self.guidance].settings(sliders.double().numpy())).float()
         beginnings = plan.beginnings
         stories: list[list[int]] = []
+        requests = [
+            Request(
+                beginnings[prompt], room, Sampling(plan.temperature, seed=self.seed, choice=prompt),
+                plan.tokenizer.separator_id, _by_name(plan.sliders, values), guidance=self.guidance,
+            )
+            for prompt, values in zip(prompts.tolist(), sliders[:, 0].tolist(), strict=True)
+        ]  # fmt: skip
         for first in range(0, plan.stories, plan.batch_size):
-            rows = slice(first, first + plan.batch_size)
-            stories += write_stories(
-                twin, beginnings[prompts[rows]], sliders[rows], uniform[prompts[rows]],
-                stop_id=plan.tokenizer.separator_id, temperature=plan.temperature, guidance=self.guidance,
-            )  # fmt: skip
+            part = requests[first : first + plan.batch_size]
+            written = dict(write(twin, part, len(part)))
+            stories += [[*part[number].prompt[1:], *written[number].tokens] for number in range(len(part))]
             yield len(stories), sum(map(len, stories[first:]))
         self.result = _measured(plan, stories, judged=self.seed == 0)
+
+
+def _by_name(names: Sequence[str], values: Sequence[float]) -> dict[str, float | tuple[float, float]]:
+    """The sliders that are set."""
+    return {name: value for name, value in zip(names, values, strict=True) if not math.isnan(value)}
+
+
+def one_document_a_row(model: LanguageModel) -> LanguageModel:
+    """The same model, for rows that hold one document each: what keeps documents apart is then only a cost."""
+    if model.core_config.cross_documents or not isinstance(model, ModulatedTransformer):
+        return model
+    twin = ModulatedTransformer(model.config.override(cross_documents=True))
+    twin.load_state_dict(model.state_dict())
+    return twin.to(model.device).eval().requires_grad_(False)
 
 
 def _measured(plan: Plan, stories: list[list[int]], *, judged: bool) -> Arrays:
