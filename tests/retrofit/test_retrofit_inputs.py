@@ -13,8 +13,8 @@ from torch.nn import functional as F
 import ncn
 from ncn import UserError
 from ncn.data.tokenizer import Tokenizer
-from ncn.experiments.steering.writing import write_stories
-from ncn.inference.decoding import generate_tokens
+from ncn.inference.decoding import Decoder, Request, generate_tokens, write
+from ncn.inference.sampling import Sampling
 from ncn.retrofit.model import RetrofittedModel, _shape
 from retrofits import MODELS, attached, base, ids
 
@@ -235,7 +235,7 @@ def test_our_own_generation_steers_it_too() -> None:
 @torch.no_grad()
 def test_its_cache_is_cropped_reordered_and_repeated_whole() -> None:
     model, text, new = in_our_manners(), ids(9, rows=3), ids(2, rows=6, seed=4)
-    cache = ncn.Cache()
+    cache = model.new_cache()
     model(text, cache=cache)
     cache.crop(6)
     model(text[:, 6:7], cache=cache)
@@ -250,25 +250,37 @@ def test_its_cache_is_cropped_reordered_and_repeated_whole() -> None:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_stories_written_together_are_those_written_alone(name: str, guidance: float) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mistral", "qwen3"])
+def test_rows_that_join_a_batch_write_what_they_write_alone(name: str, guidance: float) -> None:
     model = in_our_manners(name)
-    prompts, sliders = ids(3, rows=6), torch.full((6, 1, 2), math.nan)
-    sliders[:, 0, 0] = torch.linspace(0, 1, 6)
+    lengths = [3, 12, 5, 1, 9, 4]  # some longer than the windows of layers that look back eight tokens
+    requests = [
+        Request(
+            ids(length, rows=1, seed=number)[0].tolist(), 12 + number, Sampling(1.0, seed=1, choice=number),
+            sliders={"calm": number / 5}, guidance=guidance,
+        )
+        for number, length in enumerate(lengths)
+    ]  # fmt: skip
+    together = {number: row.tokens for number, row in write(model, requests, 3)}
+    alone = [dict(write(model, [request], 1))[0].tokens for request in requests]
+    assert [together[number] for number in range(6)] == alone
+    decoder = Decoder(model)
+    (long,) = decoder.join(requests[1:2])
+    for _ in range(10):
+        decoder.step()
+    (short,) = decoder.join(requests[3:4])
+    while decoder.rows:
+        decoder.step()
+    assert (long.tokens, short.tokens) == (alone[1], alone[3])
 
-    def written(stop: int, rows: slice = slice(None)) -> list[list[int]]:
-        chosen = prompts[rows]
-        return write_stories(
-            model, chosen, sliders[rows], torch.rand(6, 20, generator=torch.Generator().manual_seed(0))[rows],
-            stop_id=stop, temperature=0.8, guidance=guidance,
-        )  # fmt: skip
 
-    # the commonest token among those of different places ends a story, so that some leave the batch before others
-    free = [story[2:] for story in written(-1)]
-    stop = max(range(96), key=lambda token: len({story.index(token) for story in free if token in story}))
-    together = written(stop)
-    assert len({len(story) for story in together}) > 2
-    assert together == [written(stop, slice(row, row + 1))[0] for row in range(6)]
+def test_padding_that_the_base_can_see_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = in_our_manners("llama")
+    requests = [Request(ids(length, rows=1)[0].tolist(), 12, Sampling(0.0)) for length in (9, 2)]
+    alone = [dict(write(model, [request], 1))[0].tokens for request in requests]
+    assert [row.tokens for _, row in sorted(write(model, requests, 2), key=lambda found: found[0])] == alone
+    monkeypatch.setattr(type(model), "_padding", lambda *_: {"attention_mask": None})
+    assert [row.tokens for _, row in sorted(write(model, requests, 2), key=lambda found: found[0])] != alone
 
 
 def test_a_base_that_caps_its_logits_is_trained_on_capped_ones() -> None:

@@ -217,7 +217,7 @@ class Decoder:
         longest, device = max(row.length for row in rows), self.model.device
         most = max(row.length + row.room for row in rows)
         capacity = self.model.core_config.context_length if self._compiled else most
-        batch = _Batch(rows, self.model.new_cache(capacity, joins=self.joins))
+        batch = _Batch([*rows], self.model.new_cache(capacity, joins=self.joins))
         prompts = [row.request.prompt for row, _ in batch.read]
         tokens = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device)
         mask = None

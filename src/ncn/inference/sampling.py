@@ -80,8 +80,8 @@ def choose(
 def _probabilities(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """What tokens are drawn from, (rows, vocabulary); not normalised where `top_p` leaves tokens out."""
     device, vocabulary = logits.device, logits.shape[-1]
-    temperatures = torch.tensor([sampling.temperature or 1.0 for sampling in samplings], device=device)
-    # no temperature is too low: the largest logit stays 0
+    temperatures = torch.tensor([max(sampling.temperature, 1e-30) for sampling in samplings], device=device)
+    # the largest logit is 0, so that no temperature is too low; below 1e-30 float32 ends
     logits = (logits.float() - logits.float().amax(-1, keepdim=True)) / temperatures[:, None]
     counts = [min(sampling.top_k or vocabulary, vocabulary) for sampling in samplings]
     if min(counts) < vocabulary:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,10 @@ from ncn.core.model import ModulatedTransformer
 from ncn.data.prepare import prepare
 from ncn.experiments.steering.losses import difference, mean_loss, window_losses
 from ncn.experiments.steering.obedience import SETTINGS, describe, distinct, resampled_spearman, spearman
-from ncn.experiments.steering.run import steer
-from ncn.experiments.steering.writing import draw, write_stories
-from ncn.inference.decoding import generate_tokens
+from ncn.experiments.steering.run import one_document_a_row, steer
+from ncn.inference.decoding import Request, generate_tokens, write
 from ncn.inference.evaluate import bits_per_byte, evaluate
+from ncn.inference.sampling import Sampling
 from ncn.models.saved import save_model
 from ncn.steering.attributes import DocumentSliders, write_attributes
 from ncn.steering.decoupling import Decoupling
@@ -77,14 +78,6 @@ def test_distinct_runs_lie_within_a_story_and_within_so_many_tokens() -> None:
     assert distinct(stories, 2, 6) == 2 / 4
 
 
-def test_a_number_from_0_to_1_draws_what_its_distribution_says() -> None:
-    probabilities = torch.tensor([0.0, 0.2, 0.5, 0.3])
-    uniform = torch.linspace(0, 0.9999, 1000)
-    drawn = draw(probabilities.log().expand(1000, -1), uniform)
-    assert (torch.bincount(drawn, minlength=4) / 1000 - probabilities).abs().max() < 0.002
-    assert (drawn.diff() >= 0).all()
-
-
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("enter", ["controller", "prefix", "embedding"])
 def test_stories_written_together_are_those_written_alone(enter: str, guidance: float) -> None:
@@ -94,19 +87,19 @@ def test_stories_written_together_are_those_written_alone(enter: str, guidance: 
     model = awake(config(SMALL_CONTROLLER | controller, cross_documents=False, tie_embeddings=False))
     with torch.no_grad():
         model.head.weight[0] = 0  # a separator is never the likeliest token
-    prompts = torch.tensor([[0, 3, 4], [0, 5, 6], [0, 7, 2], [0, 8, 8]])
-    sliders = torch.tensor([0.8, 0.1, 0.4, 1.0], dtype=torch.float64).view(4, 1, 1)
-    # so cold that the likeliest token is drawn, whatever the number
-    together = write_stories(
-        model, prompts, sliders, torch.full((4, 27), 0.5), stop_id=9, temperature=1e-4, guidance=guidance
-    )
+    prompts, values = [[0, 3, 4], [0, 5, 6], [0, 7, 2], [0, 8, 8]], [0.8, 0.1, 0.4, 1.0]
+    requests = [
+        Request(prompt, 27, Sampling(0.0), 9, {"calm": value}, guidance=guidance)
+        for prompt, value in zip(prompts, values, strict=True)
+    ]
+    together = dict(write(one_document_a_row(model), requests, 4))
     lengths = set()
-    for row, value, story in zip(prompts.tolist(), sliders.flatten().tolist(), together, strict=True):
+    for number, (prompt, value) in enumerate(zip(prompts, values, strict=True)):
         options: dict[str, Any] = {"sliders": {"calm": value}, "guidance": guidance}
-        alone = list(generate_tokens(model, row, max_tokens=27, temperature=0.0, stop_id=9, **options))
+        alone = list(generate_tokens(model, prompt, max_tokens=27, temperature=0.0, stop_id=9, **options))
         assert 0 not in alone
-        assert story == [*row[1:], *alone]
-        lengths.add(len(story))
+        assert together[number].tokens == alone
+        lengths.add(len(alone))
     assert len(lengths) > 1  # some leave the batch before others
 
 
@@ -196,15 +189,15 @@ def test_what_is_measured_is_kept_and_goes_on_after_a_kill(
         return {name: part for name, part in results.items() if name != "environment"}
 
     whole = measured(tmp_path / "whole")
-    original, calls = steering_run.write_stories, []
+    original, calls = steering_run.write, []
 
-    def counted(*arguments: Any, **options: Any) -> list[list[int]]:
+    def counted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    monkeypatch.setattr(steering_run, "write_stories", counted)
+    monkeypatch.setattr(steering_run, "write", counted)
     with pytest.raises(KeyboardInterrupt):
         measured(tmp_path / "parts")
     kept = sorted(path.name for path in (tmp_path / "parts" / "measured").iterdir())
@@ -223,22 +216,29 @@ def test_what_is_measured_is_kept_and_goes_on_after_a_kill(
         measured(tmp_path / "parts")
 
 
+def sliders_of(requests: list[Request]) -> torch.Tensor:
+    """Those of each request, NaN where unset; the stories' own beginnings are left out of what is measured."""
+    for request in requests:
+        object.__setattr__(request, "prompt", request.prompt[:1])
+    return torch.tensor([[row.sliders.get(name, math.nan) for name in ("length", "dialogue")] for row in requests])
+
+
 def test_the_other_sliders_can_be_held(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, model = ncn.TokenDataset.open(data), small(sliders=["length", "dialogue"])
     given: list[torch.Tensor] = []
 
-    def recorded(model: Any, prompts: torch.Tensor, sliders: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        given.append(sliders)
-        return [[1, 2]] * len(prompts)
+    def recorded(model: Any, requests: list[Request], rows: int) -> Any:
+        given.append(sliders_of(requests))
+        return ((number, SimpleNamespace(tokens=[1, 2])) for number in range(len(requests)))
 
-    monkeypatch.setattr(steering_run, "write_stories", recorded)
+    monkeypatch.setattr(steering_run, "write", recorded)
     for others in (None, 0.5):
         steer({"model": model}, opened.tokenizer(), opened, tmp_path, prompts=1, seeds=1, others=others)
-    assert all(sliders[:, 0, 0].tolist() == pytest.approx(SETTINGS) for sliders in given[::2])
-    assert given[0][:, 0, 1].isnan().all()
-    assert given[1][:, 0, 0].isnan().all()
-    assert (given[2][:, 0, 1] == 0.5).all()
-    assert (given[3][:, 0, 0] == 0.5).all()
+    assert all(sliders[:, 0].tolist() == pytest.approx(SETTINGS) for sliders in given[::2])
+    assert given[0][:, 1].isnan().all()
+    assert given[1][:, 0].isnan().all()
+    assert (given[2][:, 1] == 0.5).all()
+    assert (given[3][:, 0] == 0.5).all()
 
 
 def test_the_other_sliders_can_be_moved_such_that_their_attributes_stay(
@@ -247,15 +247,16 @@ def test_the_other_sliders_can_be_moved_such_that_their_attributes_stay(
     opened, model = ncn.TokenDataset.open(data), small(sliders=["length", "dialogue"])
     given: list[torch.Tensor] = []
 
-    def recorded(model: Any, prompts: torch.Tensor, sliders: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        given.append(sliders[:, 0])
-        longer, louder = ((sliders[:, 0] @ torch.tensor(mix)).tolist() for mix in ([0.7, 0.3], [0.2, 0.8]))
+    def recorded(model: Any, requests: list[Request], rows: int) -> Any:
+        given.append(sliders_of(requests))
+        longer, louder = ((given[-1] @ torch.tensor(mix)).tolist() for mix in ([0.7, 0.3], [0.2, 0.8]))
         words = [round(5 + 25 * value) for value in longer]
         quotes = [round(5 * count * 0.4 * value) for count, value in zip(words, louder, strict=True)]
         texts = ["word " * count + '"' + "x" * size + '"' for count, size in zip(words, quotes, strict=True)]
-        return [opened.tokenizer().encode(text) for text in texts]
+        written = [opened.tokenizer().encode(text) for text in texts]
+        return ((number, SimpleNamespace(tokens=tokens)) for number, tokens in enumerate(written))
 
-    monkeypatch.setattr(steering_run, "write_stories", recorded)
+    monkeypatch.setattr(steering_run, "write", recorded)
 
     def measured(folder: str, **options: Any) -> dict[str, Any]:
         found = steer({"model": model}, opened.tokenizer(), opened, tmp_path / folder, prompts=1, seeds=1, **options)
