@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,12 @@ from typing import Any
 from ncn.config.training import TrainConfig
 from ncn.errors import UserError
 from ncn.lab.arms import BASELINE, Arm
-from ncn.lab.fleet import Job, launch
-from ncn.lab.plan import check_same_plan
+from ncn.lab.fleet import Job, final_losses, launch
+from ncn.lab.plan import begin as begin_experiment
 from ncn.lab.texts import Splits
 from ncn.lab.timing import measure_steps
-from ncn.lab.tuning import FACTOR, RATES, best_rate, next_rate
-from ncn.machine.devices import arithmetic, find_device, usable_cores
-from ncn.machine.environment import command_words, describe_environment
-from ncn.machine.files import read_json, write_json
+from ncn.lab.tuning import FACTOR, RATES, best_rate, tune
+from ncn.machine.files import write_json
 
 PILOT_SEED = 0
 
@@ -93,20 +90,13 @@ def begin(plan: Plan, workers: int | None) -> dict[str, Any]:
 
     Returns what experiment.json holds.
     """
-    path, facts = plan.out / "experiment.json", plan.facts()
-    if path.is_file():
-        before = read_json(path)
-        check_same_plan(before, facts, plan.out)
-        return before
-    threads = max(1, usable_cores() // (workers or usable_cores()))
-    seconds = measure_steps({name: arm.recipe for name, arm in plan.arms.items()}, threads)
-    for name, entry in facts["arms"].items():
-        entry["seconds_per_step"] = seconds[name]
-    device = find_device(plan.train.device)
-    environment = describe_environment(device, autocast=str(arithmetic(plan.train.precision, device)))
-    command = shlex.join(command_words())
-    write_json(path, {"command": command, "environment": environment, **facts})
-    return read_json(path)
+    facts = plan.facts()
+
+    def measure() -> dict[str, Any]:
+        seconds = measure_steps({name: arm.recipe for name, arm in plan.arms.items()}, workers)
+        return {"arms": {name: entry | {"seconds_per_step": seconds[name]} for name, entry in facts["arms"].items()}}
+
+    return begin_experiment(plan.out / "experiment.json", facts, plan.train, measure)
 
 
 def describe(plan: Plan, facts: Mapping[str, Any]) -> str:
@@ -126,33 +116,16 @@ def describe(plan: Plan, facts: Mapping[str, Any]) -> str:
 
 
 def sweep(plan: Plan, say: Callable[[str], None], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Loss of each arm at each learning rate, on the tuning split, and the best rate; also left in tuning.json.
+    """Loss of each arm at each learning rate, on the tuning split, and the best rate; also left in tuning.json."""
+    say(f"learning rates of {len(plan.tuned)} arms on the tuning split, {plan.tune_tokens:,} tokens a run")
 
-    The grid is extended while an arm's best rate lies at its edge.
-    """
-    grids = {arm.name: list(RATES) for arm in plan.tuned}
-    say(f"learning rates of {len(grids)} arms on the tuning split, {plan.tune_tokens:,} tokens a run")
-    while True:
-        places = [(arm, rate) for arm in plan.tuned for rate in grids[arm.name]]
-        summaries = launch([plan.tuning_job(arm, rate) for arm, rate in places], **options)
-        losses: dict[str, dict[float, float | None]] = {name: {} for name in grids}
-        for (arm, rate), summary in zip(places, summaries, strict=True):
-            losses[arm.name][rate] = None if summary.get("diverged") else summary["validation_loss"]
-        further = {name: next_rate(found) for name, found in losses.items()}
-        if not any(further.values()):
-            break
-        grids = {
-            name: sorted([*grid, *([beyond] if (beyond := further[name]) else [])]) for name, grid in grids.items()
-        }
+    def losses(tries: list[tuple[Arm, float]]) -> list[float | None]:
+        return final_losses(launch([plan.tuning_job(arm, rate) for arm, rate in tries], **options))
+
     tuning = {}
-    for name, found in losses.items():
+    for name, found in tune({arm.name: arm for arm in plan.tuned}, losses).items():
         best = best_rate(found)
-        if best is None:
-            raise UserError(
-                f"the arm {name} diverged at every learning rate down to {min(found):g} of the recipe's: "
-                "lower learning_rate, or raise warmup"
-            )
-        tuning[name] = {"losses": {f"{rate:g}": found[rate] for rate in sorted(found)}, "best": f"{best:g}"}
+        tuning[name] = {"losses": {f"{rate:g}": loss for rate, loss in found.items()}, "best": f"{best:g}"}
         row = "  ".join(f"x{rate:g}: {'diverged' if loss is None else f'{loss:.4f}'}" for rate, loss in found.items())
         edge = " (at the edge of the grid)" if best in (min(found), max(found)) else ""
         say(f"  {name}: best at x{best:g}{edge}   {row}")

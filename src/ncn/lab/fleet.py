@@ -14,7 +14,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +116,11 @@ def launch(
                 watch.finished.add(job.out)
                 summaries[job.out] = RunFolder(job.out).summary()
     return [summaries[job.out] for job in jobs]
+
+
+def final_losses(summaries: Iterable[Mapping[str, Any]]) -> list[float | None]:
+    """Validation losses at the end of runs, None for one that diverged."""
+    return [None if summary.get("diverged") else summary["validation_loss"] for summary in summaries]
 
 
 class _Watch:

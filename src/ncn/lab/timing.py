@@ -10,22 +10,24 @@ import torch
 
 from ncn.config.recipe import Recipe
 from ncn.core.model import ModulatedTransformer
-from ncn.machine.devices import arithmetic, find_device, synchronised_time
+from ncn.machine.devices import arithmetic, find_device, synchronised_time, usable_cores
 from ncn.training.optimizers import build_optimizers
 
 _FEWEST_ROUNDS, _MOST_ROUNDS, _ENOUGH_SECONDS = 3, 15, 45.0
 _MEASURED_TOKENS = 16_384
 
 
-def measure_steps(recipes: Mapping[str, Recipe], threads: int) -> dict[str, float]:
+def measure_steps(recipes: Mapping[str, Recipe], workers: int | None) -> dict[str, float]:
     """Seconds of a training step of each recipe, by name.
+
+    It has the share of the cores that each of so many workers has; None stands for one worker a core.
 
     The recipes take turns, so that whatever else the machine does meets them all alike; of each the median turn
     counts. There are 15 turns, or as many, but three at least, as begin within 45 seconds. Models exist one at a time.
     A batch of more than about 16 000 tokens is measured in part and scaled up.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(max(1, usable_cores() // (workers or usable_cores())))
     try:
         turns: dict[str, list[float]] = {name: [] for name in recipes}
         begun = time.monotonic()

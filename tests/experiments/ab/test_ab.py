@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ncn.experiments.ab.noise import seed_noise
 from ncn.experiments.ab.run import run_ab
 from ncn.inference.document_losses import DocumentLosses
 from ncn.lab.comparison import check_batches
-from ncn.lab.tuning import FACTOR, best_rate, next_rate
+from ncn.lab.tuning import best_rate
 from ncn.machine.stopping import Interrupted
 from ncn.training.run_folder import RunFolder
 from ncn.training.train import train
@@ -211,25 +210,6 @@ def test_runs_on_other_batches_are_not_compared() -> None:
     check_batches(runs | {("ncn", 2): {"batches_sha256": "b"}, ("local", 1): {"diverged": True}})
     with pytest.raises(UserError, match="local and baseline were not trained on the same batches with seed 1"):
         check_batches(runs | {("local", 1): {"batches_sha256": "b"}})
-
-
-def sweep_over(loss: Callable[[float], float | None]) -> dict[float, float | None]:
-    losses = {rate: loss(rate) for rate in (0.5, 1.0, 2.0)}
-    while (rate := next_rate(losses)) is not None:
-        assert rate not in losses
-        losses[rate] = loss(rate)
-    return losses
-
-
-def test_the_grid_follows_the_best_rate_a_little_way() -> None:
-    assert sweep_over(lambda rate: abs(rate - 1)).keys() == {0.5, 1, 2}
-    assert sweep_over(lambda rate: abs(rate - 4)).keys() == {0.5, 1, 2, 4, 8}
-    assert sweep_over(lambda rate: rate).keys() == {0.125, 0.25, 0.5, 1, 2}
-    assert sweep_over(lambda rate: -rate).keys() == {0.5, 1, 2, 4, 8}
-    assert sweep_over(lambda rate: None if rate > 0.3 else rate).keys() == {0.125, 0.25, 0.5, 1, 2}
-    assert sweep_over(lambda rate: None).keys() == {0.125, 0.25, 0.5, 1, 2}
-    assert best_rate({1.0: None, 2.0: 3.0, 4.0: float("nan"), 8.0: 2.5}) == 8
-    assert FACTOR == 2
 
 
 def test_the_noise_is_that_of_differences_whose_mean_is_zero() -> None:

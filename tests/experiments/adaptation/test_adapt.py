@@ -231,7 +231,8 @@ def test_wrong_uses_are_one_line_each(
     assert "different tokenizers" in refused(lambda: run(place, tmp_path / "out", valid=tmp_path / "other"))
     all_other = dict.fromkeys(("data", "valid", "old"), tmp_path / "other")
     assert "another tokenizer than the base's" in refused(lambda: run(place, tmp_path / "out", **all_other))
-    assert "another train" in refused(lambda: run(place, finished, settings=[*SETTINGS, "clip=2"]))
+    changed = refused(lambda: run(place, finished, settings=[*SETTINGS, "clip=2"]))
+    assert "begun with train.clip = 1.0, and now it is 2.0" in changed
     monkeypatch.setitem(sys.modules, "peft", None)
     assert "pip install peft" in refused(lambda: run(place, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

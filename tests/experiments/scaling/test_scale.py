@@ -14,7 +14,6 @@ from ncn.errors import UserError
 from ncn.experiments.scaling.plan import ARMS, Ladder, run_path
 from ncn.experiments.scaling.report import collect, write_report
 from ncn.experiments.scaling.run import begin, describe, make_plan, run_scale
-from ncn.lab.tuning import optimal_rate
 from ncn.machine.files import read_json, write_json
 
 SETTINGS = ("vocab_size=300", "context_length=32", "batch_size=4", "precision=float32")
@@ -75,8 +74,10 @@ def test_the_plan_is_told_before_anything_runs(ladder: Ladder) -> None:
 
 def test_another_plan_in_the_folder_is_refused(ladder: Ladder, data: Path, valid: Path) -> None:
     assert begin(ladder, 1) == read_json(ladder.out / "scale.json")
-    with pytest.raises(UserError, match="was begun with"):
+    with pytest.raises(UserError, match=r"was begun with budgets = \[1280, 2560\], and now it is \[1280, 3840\]"):
         begin(plan(ladder.out, data, valid, budgets=(1_280, 3_840)), 1)
+    with pytest.raises(UserError, match="has the sizes 32x1, 32x2, 64x2, 64x3, and now they are 32x1, 64x2, 64x3;"):
+        begin(plan(ladder.out, data, valid, sizes="32x1,64x2,64x3"), 1)
 
 
 @pytest.mark.parametrize(
@@ -91,17 +92,6 @@ def test_another_plan_in_the_folder_is_refused(ladder: Ladder, data: Path, valid
 def test_plans_that_cannot_be(tmp_path: Path, data: Path, valid: Path, changes: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan(tmp_path, data, valid, **changes)
-
-
-def test_the_best_rate_lies_between_those_that_were_tried() -> None:
-    def bowl(rate: float) -> float:
-        return 2 + 0.1 * float(np.log2(rate / 1.3)) ** 2
-
-    found = optimal_rate({rate: bowl(rate) for rate in (0.5, 1.0, 2.0, 4.0)})
-    assert found == pytest.approx(1.3)
-    assert optimal_rate({0.5: 2.0, 1.0: 2.1, 2.0: 2.2}) == 0.5  # at the edge
-    assert optimal_rate({0.5: 2.1, 1.0: 2.0, 2.0: None}) == 1.0  # beside a run that diverged
-    assert optimal_rate({0.5: None, 1.0: None}) is None
 
 
 def test_the_report_says_what_the_runs_say(ladder: Ladder) -> None:

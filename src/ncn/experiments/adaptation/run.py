@@ -27,9 +27,9 @@ from ncn.experiments.adaptation.costs import measure_costs
 from ncn.experiments.adaptation.lesson import TUNING_SEED, Lesson, losses_of, train_adapter
 from ncn.experiments.adaptation.report import AdaptationReport, write_report
 from ncn.inference.document_losses import DocumentLosses
-from ncn.lab.tuning import RATES, best_rate, next_rate
+from ncn.lab.plan import begin as begin_experiment
+from ncn.lab.tuning import best_rate, tune
 from ncn.machine.devices import arithmetic, find_device
-from ncn.machine.environment import describe_environment
 from ncn.machine.files import read_json, write_json
 from ncn.machine.progress import TokensProgress
 from ncn.machine.stopping import Interrupted, graceful_stop
@@ -37,7 +37,7 @@ from ncn.retrofit.adapters import LABELS, METHODS, SIZED, Adapted, Method, adapt
 from ncn.retrofit.model import check_base_tokenizer, load_base, retrofit_recipe
 
 CENTRES: Mapping[Method, float] = {"ncn": 1e-2, "lora": 8e-3, "ia3": 1.6e-1, "prefix": 3.2e-1, "full": 2e-3}
-"""Learning rates around which the search begins; see RATES."""
+"""Learning rates around which the search begins; see `ncn.lab.tuning`."""
 SETTINGS = ("tokens=200_000", "batch_size=4", "warmup=0.05", "weight_decay=0")
 """What `retrofit_recipe` is changed to before the user's own settings."""
 
@@ -171,27 +171,19 @@ def make_plan(
 
 
 def begin(plan: Plan) -> None:
-    """Write adaptation.json, or check that it says the same; and read the base's own losses."""
-    path, facts = plan.out / "adaptation.json", plan.facts()
-    if path.is_file():
-        before = read_json(path)
-        for name, value in facts.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"{plan.out} holds an experiment with another {name}: {before.get(name)}, now {value}; "
-                    "give what was given before, or another --out"
-                )
-        return
-    lesson = plan.lesson(1e-4, 1)
-    base = Adapted("full", load_base(plan.base).to(lesson.device), [], lambda folder: None)  # type: ignore[arg-type]
-    losses = {name: losses_of(base, getattr(plan, name), lesson) for name in ("new", "old")}
-    environment = describe_environment(lesson.device, autocast=str(lesson.autocast))
-    write_json(path, facts | {
-        "base_parameters": sum(parameter.numel() for parameter in base.model.parameters()),
-        "dials": {method: f"{SIZED[method]} {size}" for method, size in plan.sizes.items()},
-        "losses": {name: as_lists(found) for name, found in losses.items()},
-        "environment": environment,
-    })  # fmt: skip
+    """Write adaptation.json, with the base's own losses; or check that the plan is the one there."""
+
+    def measure() -> dict[str, Any]:
+        lesson = plan.lesson(1e-4, 1)
+        base = Adapted("full", load_base(plan.base).to(lesson.device), [], lambda folder: None)  # type: ignore[arg-type]
+        losses = {name: losses_of(base, getattr(plan, name), lesson) for name in ("new", "old")}
+        return {
+            "base_parameters": sum(parameter.numel() for parameter in base.model.parameters()),
+            "dials": {method: f"{SIZED[method]} {size}" for method, size in plan.sizes.items()},
+            "losses": {name: as_lists(found) for name, found in losses.items()},
+        }
+
+    begin_experiment(plan.out / "adaptation.json", plan.facts(), plan.recipe.train, measure)
 
 
 class _Running:
@@ -203,19 +195,17 @@ class _Running:
         self.runs.mkdir(exist_ok=True)
 
     def tune(self, method: Method) -> float:
-        """The best multiple of the method's central rate; its grid grows while the best lies at an edge."""
-        losses: dict[float, float | None] = {}
-        grid = list(RATES)
-        while grid:
-            for multiple in grid:
-                losses[multiple] = self.run(method, multiple, TUNING_SEED).get("tuning_loss")
-            further = next_rate(losses)
-            grid = [further] if further else []
+        """The best multiple of the method's central rate."""
+        label = LABELS[method]
+
+        def tuning_losses(tries: list[tuple[Method, float]]) -> list[float | None]:
+            return [self.run(one, multiple, TUNING_SEED).get("tuning_loss") for one, multiple in tries]
+
+        losses = tune({label: method}, tuning_losses)[label]
         best = best_rate(losses)
-        if best is None:
-            raise UserError(f"{LABELS[method]} diverged at every learning rate; lower it, or raise warmup")
-        row = "  ".join(f"{CENTRES[method] * m:g}: {x or math.nan:.4f}" for m, x in sorted(losses.items()))
-        self.say(f"{LABELS[method]}: best rate {CENTRES[method] * best:g} (nats a token on the tuning split: {row})")
+        assert best is not None
+        row = "  ".join(f"{CENTRES[method] * m:g}: {x or math.nan:.4f}" for m, x in losses.items())
+        self.say(f"{label}: best rate {CENTRES[method] * best:g} (nats a token on the tuning split: {row})")
         return best
 
     def run(self, method: Method, multiple: float, seed: int) -> dict[str, Any]:

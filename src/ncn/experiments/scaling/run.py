@@ -14,7 +14,6 @@ and called again, it goes on.
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,14 @@ from ncn.errors import UserError
 from ncn.experiments.scaling.ladder import SIZES, Rung, build_ladder, short
 from ncn.experiments.scaling.plan import ARMS, BUDGETS, Ladder
 from ncn.lab.arms import BASELINE, NCN
-from ncn.lab.fleet import Launcher, launch
+from ncn.lab.fleet import Launcher, final_losses, launch
+from ncn.lab.plan import begin as begin_experiment
 from ncn.lab.texts import make_splits
 from ncn.lab.timing import measure_steps
-from ncn.lab.tuning import RATES, next_rate, optimal_rate
-from ncn.machine.devices import find_device, usable_cores
-from ncn.machine.environment import command_words, describe_environment
-from ncn.machine.files import flat, read_json, write_json
+from ncn.lab.tuning import RATES, optimal_rate, tune
+from ncn.machine.devices import usable_cores
+from ncn.machine.files import write_json
 from ncn.training.begin import fit_to_data
-from ncn.training.run_folder import FREE_SETTINGS
 
 
 def run_scale(
@@ -75,7 +73,7 @@ def run_scale(
     facts = begin(ladder, workers)
     say(describe(ladder, facts, workers))
     options: dict[str, Any] = {"launcher": launcher, "workers": workers, "progress": progress, "say": say}
-    rates = tune(ladder, say, options)
+    rates = tune_sizes(ladder, say, options)
     climb(ladder, rates, say, options)
     return write_report(Path(out), also)
 
@@ -114,29 +112,15 @@ def make_plan(
 def begin(ladder: Ladder, workers: int | None) -> dict[str, Any]:
     """Write scale.json, with the time of a step of both arms at the tuned sizes; or check that the plan is the one
     there. Returns what scale.json holds."""
-    path, facts = ladder.out / "scale.json", ladder.facts()
-    if path.is_file():
-        before = read_json(path)
-        old, new = flat(before), flat(facts)
-        for name in sorted(old.keys() | new.keys()):
-            measured = name.startswith(("command", "environment.", "seconds_per_step."))
-            if not measured and not name.endswith(FREE_SETTINGS) and old.get(name) != new.get(name):
-                raise UserError(
-                    f"the ladder in {ladder.out} was begun with {name} = {old.get(name)!r}, and now it is "
-                    f"{new.get(name)!r}; give the same command as before, or name another folder"
-                )
-        return before
-    threads = max(1, usable_cores() // (workers or usable_cores()))
-    recipes = {
-        f"{rung.name} {arm}": Recipe(model=rung.models[arm], train=ladder.recipe.train)
-        for rung in ladder.tuned
-        for arm in ARMS
-    }
-    environment = describe_environment(find_device(ladder.recipe.train.device))
-    command = shlex.join(command_words())
-    measured_facts = {"seconds_per_step": measure_steps(recipes, threads)}
-    write_json(path, {"command": command, "environment": environment, **facts, **measured_facts})
-    return read_json(path)
+    train = ladder.recipe.train
+
+    def measure() -> dict[str, Any]:
+        recipes = {
+            f"{rung.name} {arm}": Recipe(model=rung.models[arm], train=train) for rung in ladder.tuned for arm in ARMS
+        }
+        return {"seconds_per_step": measure_steps(recipes, workers)}
+
+    return begin_experiment(ladder.out / "scale.json", ladder.facts(), train, measure)
 
 
 def describe(ladder: Ladder, facts: Mapping[str, Any], workers: int | None) -> str:
@@ -187,34 +171,21 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
-def tune(ladder: Ladder, say: Callable[[str], None], options: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def tune_sizes(ladder: Ladder, say: Callable[[str], None], options: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The learning rate of every arm and size, as a multiple of the preset's, also left in tuning.json.
 
-    At the tuned sizes a grid is extended while its best rate lies at the edge; the optimum is that of a parabola
-    through the best and its neighbours. Between sizes it is interpolated in logarithms.
+    At the tuned sizes the optimum is that of a parabola through the best rate of the grid and its neighbours. Between
+    sizes it is interpolated in logarithms.
     """
-    grids = {(arm, rung.name): list(RATES) for arm in ARMS for rung in ladder.tuned}
-    names = {rung.name: rung for rung in ladder.tuned}
     say("learning rates on the tuning split")
-    while True:
-        places = [(arm, size, rate) for (arm, size), grid in grids.items() for rate in grid]
-        jobs = [ladder.tuning_job(names[size], arm, rate) for arm, size, rate in places]
-        losses: dict[tuple[str, str], dict[float, float | None]] = {place: {} for place in grids}
-        for (arm, size, rate), summary in zip(places, launch(jobs, **options), strict=True):
-            losses[arm, size][rate] = None if summary.get("diverged") else summary["validation_loss"]
-        further = {place: beyond for place, found in losses.items() if (beyond := next_rate(found)) is not None}
-        if not further:
-            break
-        for place, beyond in further.items():
-            grids[place] = sorted([*grids[place], beyond])
+
+    def tuning_losses(tries: list[tuple[tuple[str, Rung], float]]) -> list[float | None]:
+        return final_losses(launch([ladder.tuning_job(rung, arm, rate) for (arm, rung), rate in tries], **options))
+
+    losses = tune({f"{arm} {rung.name}": (arm, rung) for arm in ARMS for rung in ladder.tuned}, tuning_losses)
     rates: dict[str, dict[str, float]] = {}
     for arm in ARMS:
-        best = [(rung, optimal_rate(losses[arm, rung.name])) for rung in ladder.tuned]
-        for rung, optimum in best:
-            if optimum is None:
-                raise UserError(
-                    f"{arm} {rung.name} diverged at every learning rate: lower learning_rate, or raise warmup"
-                )
+        best = [(rung, optimal_rate(losses[f"{arm} {rung.name}"])) for rung in ladder.tuned]
         x, y = np.log([(rung.counts(arm).working, optimum) for rung, optimum in best if optimum is not None]).T
         rates[arm] = {
             rung.name: float(f"{math.exp(np.interp(math.log(rung.counts(arm).working), x, y)):.4g}")
@@ -223,7 +194,7 @@ def tune(ladder: Ladder, say: Callable[[str], None], options: Mapping[str, Any])
         say(f"  {arm}: " + ", ".join(f"{size} x{rate:g}" for size, rate in rates[arm].items()))
     table = {
         arm: {
-            rung.name: {f"{rate:g}": losses[arm, rung.name][rate] for rate in sorted(losses[arm, rung.name])}
+            rung.name: {f"{rate:g}": loss for rate, loss in losses[f"{arm} {rung.name}"].items()}
             for rung in ladder.tuned
         }
         for arm in ARMS
