@@ -1,0 +1,1 @@
+"""The equations: the model, its layers, its controller and the signals between them."""

@@ -1,1 +1,1 @@
-"""Experiments: whole comparisons, made of runs."""
+"""Whole comparisons, made of runs: a folder for each. None knows another."""

@@ -1,0 +1,1 @@
+"""Using a model: writing, evaluating, and holding its signals still."""

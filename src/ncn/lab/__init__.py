@@ -1,0 +1,1 @@
+"""What experiments share: arms, plans, tuning, and many runs side by side."""

@@ -1,0 +1,1 @@
+"""Models on disk, and the published one for comparison."""

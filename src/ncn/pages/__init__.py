@@ -1,0 +1,1 @@
+"""How reports and figures look: pages, style, curves, numbers. Free of torch."""

@@ -1,0 +1,1 @@
+"""From repeated measurements to an interval and a p-value. Free of torch."""

@@ -1,0 +1,1 @@
+"""Inputs from outside: values of sliders, what documents give, attributes, decoupling."""

@@ -1,0 +1,1 @@
+"""Where control signals come from (equations 1 to 3)."""

@@ -1,0 +1,1 @@
+"""The arithmetic of the layers: norm, linear maps, rotary positions, loss."""

@@ -1,0 +1,1 @@
+"""A controller on a base put to text of another kind, beside the usual adapters."""

@@ -1,0 +1,1 @@
+"""The first look: a small model and its twin, trained and drawn in minutes."""

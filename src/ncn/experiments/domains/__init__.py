@@ -1,0 +1,1 @@
+"""Two domains in one model, together and one after the other."""

@@ -1,0 +1,1 @@
+"""What each token bought: power laws through training curves."""

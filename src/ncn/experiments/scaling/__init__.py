@@ -1,0 +1,1 @@
+"""A ladder of sizes and budgets, and the law through it."""

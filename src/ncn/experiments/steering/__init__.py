@@ -1,5 +1,1 @@
-"""`ncn steer`: does a slider move what it is named after, how much else does it move, and what does it cost?"""
-
-from ncn.experiments.steering.run import Steering, steer
-
-__all__ = ["Steering", "steer"]
+"""Does a slider move what it is named after, how much else, and what does it cost?"""
