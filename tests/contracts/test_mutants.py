@@ -13,6 +13,7 @@ import ncn.core.model as model_module
 from contracts import properties
 from contracts.variants import SEPARATOR, VOCABULARY, awake, config, text, variants
 from ncn.config.model import NCNConfig
+from ncn.config.signals import SIGNALS
 from ncn.core.cache import Cache
 from ncn.core.controller.controller import ControllerNetwork
 from ncn.core.controller.phasic import convolve
@@ -20,7 +21,6 @@ from ncn.core.controller.salience import SalienceState, pool
 from ncn.core.layers import Attention
 from ncn.core.model import ModulatedTransformer
 from ncn.core.signals.modulation import UNMODULATED
-from ncn.core.signals.table import SIGNALS
 
 Patch = pytest.MonkeyPatch
 Mutant = Callable[[Patch], None]

@@ -1,6 +1,6 @@
 """The language model, top to bottom: a pre-norm transformer whose layers obey control signals (equation 5).
 
-    x' = x + g · Attention(Norm x; β, η)        x'' = x' + g · γ · FFN(Norm x')
+    x ← x + μ · x̂₀        x' = x + g · Attention(ν · Norm x; β, η)        x'' = x' + g · γ · FFN(ν · Norm x')
 
 Without a controller the same code is the static baseline.
 """
@@ -27,7 +27,7 @@ from ncn.core.operations.loss import capped, chunked_cross_entropy, token_losses
 from ncn.core.operations.norm import RMSNorm
 from ncn.core.operations.rotary import rotary_tables
 from ncn.core.segments import attention_mask_of, find_segments, positions_in_segment
-from ncn.core.signals.modulation import UNMODULATED, Factors, layer_factors
+from ncn.core.signals.modulation import UNMODULATED, Factors, add_scaled, layer_factors
 from ncn.core.signals.table import Frozen, SignalLayout, freeze, homeostatic_loss
 from ncn.core.sliders import Adapters, SliderAdapters, SliderEmbedding, adapted
 from ncn.core.types import ControlInputs, Hidden, Instructions, Logits, Signal, TokenIds
@@ -223,7 +223,7 @@ class ModulatedTransformer(nn.Module):
 
         collected: dict[str, list[Tensor]] = {}
         served: list[Factors] = []
-        context = None
+        context = origin = None
         for index, layer in enumerate(self.layers):
             if self.controller is not None and index in self.controller.taps:
                 assert self.layout is not None
@@ -237,6 +237,10 @@ class ModulatedTransformer(nn.Module):
                     collected.setdefault(name, []).append(signal)
                 served, first = layer_factors(signals, dtype=None if torch.is_grad_enabled() else x.dtype), index
             factors = served[index - first] if served else UNMODULATED
+            if factors.residual is not None:
+                if origin is None:  # x̂₀, from what enters the first layer, which tap 0 always serves
+                    origin = F.rms_norm(x, (config.d_model,), eps=config.norm_eps)
+                x = add_scaled(x, origin, factors.residual)
             arguments = (x, factors, rotation, mask, cache, adapters)
             recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
             x = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ncn.config.signals import SIGNALS
 from ncn.core.model import ModulatedTransformer
 from ncn.core.operations.loss import IGNORED
-from ncn.core.signals.table import SIGNALS
 from ncn.data.dataset import TokenDataset
 from ncn.inference.evaluate import Evaluation, evaluate
 from ncn.inference.reading import evaluating

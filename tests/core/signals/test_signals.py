@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ncn.config.model import ControllerConfig, NCNConfig
+from ncn.config.signals import SIGNALS
 from ncn.core.signals.statistics import controller_problem, signal_statistics
-from ncn.core.signals.table import SIGNALS, RangeMap, SignalLayout, homeostatic_loss, range_map, signal_shape
+from ncn.core.signals.table import RangeMap, SignalLayout, homeostatic_loss, range_map, signal_shape
 
 MAPS = {f"{name} {maps}": range_map(name, maps) for name in SIGNALS for maps in ("smooth", "published")}
 
