@@ -58,7 +58,7 @@ class SignalSpec:
     meaning: str
     """What it says, for a reader who meets it for the first time."""
     sites: tuple[str, ...]
-    """Where it acts: names of `SITES` that all add, or all do not."""
+    """Where it acts: names of `SITES` that all add, or all do not; with more than one value a layer, of equal parts."""
     per: str
     """What has a value of its own: the layer, each of its sites (`sublayer`), a head, or a group of channels of each of
     its sites; or the setting of the controller that says which of these."""

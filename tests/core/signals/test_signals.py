@@ -33,6 +33,7 @@ def test_the_rows_of_the_table_fit_together() -> None:
     page = Path("docs/equations.md").read_text("utf-8")
     for name, row in SIGNALS.items():
         assert row.name == name
+        assert row.per == "layer" or len({SITES[site].parts for site in row.sites}) == 1
         assert {SITES[site].adds for site in row.sites} == {row.neutral == 0}
         assert re.search(rf"^\| {name} {row.symbol} .*\| {re.escape(row.smooth.map)} \|", page, re.MULTILINE), name
 

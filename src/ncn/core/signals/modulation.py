@@ -61,8 +61,11 @@ def layer_factors(
         # the output projection is linear, g · W(η o) = W(g η o), which saves a pass over memory
         factors["head"] = factors["head"] * factors.pop("attention").unsqueeze(-1)
     layers = next(iter(signals.values())).shape[2]
-    by_layer = {site: factor.to(dtype or factor.dtype).unsqueeze(-1).unbind(2) for site, factor in factors.items()}
-    return [Factors(**{site: column[layer] for site, column in by_layer.items()}) for layer in range(layers)]
+    columns = (
+        factors[site].to(dtype or factors[site].dtype).unsqueeze(-1).unbind(2) if site in factors else [None] * layers
+        for site in Factors._fields
+    )
+    return [Factors(*row) for row in zip(*columns, strict=True)]
 
 
 def _values_at_sites(row: SignalSpec, signal: Signal) -> list[Tensor]:
@@ -75,8 +78,7 @@ def _values_at_sites(row: SignalSpec, signal: Signal) -> list[Tensor]:
         return [signal.unsqueeze(-1) if part else signal for part in parts]
     if "heads" in parts:
         return [signal] * len(parts)
-    shares = signal.chunk(len(parts), -1)
-    return [share if part else share.squeeze(-1) for share, part in zip(shares, parts, strict=True)]
+    return list(signal.chunk(len(parts), -1) if parts[0] else signal.unbind(-1))
 
 
 def scale(x: Float[Tensor, "*rows width"], factor: Float[Tensor, "*#rows #width"]) -> Float[Tensor, "*rows width"]:
