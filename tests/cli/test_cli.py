@@ -226,7 +226,7 @@ def test_help_of_train_explains_every_setting(ncn: Command) -> None:
     for values in (
         "(one of: rope, learned)",
         "(one of: cosine, linear)",
-        "(any of: gain, precision, ffn_gate, head_gate, norm_film)",
+        "(any of: gain, precision, ffn_gate, head_gate, norm_film, residual_mix)",
         "(any of: tensorboard, trackio, wandb)",
     ):
         assert values in words

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from ncn.config.model import NCNConfig
+from ncn.config.signals import SIGNALS
 from ncn.core.cache import Cache
 from ncn.core.model import ModulatedTransformer
 from ncn.core.reference import reference
@@ -149,7 +150,7 @@ def starts_neutral(
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(with_controller(input_ids).logits, without(input_ids).logits), "autocast"
         for name, signal in with_controller(input_ids, output_signals=True).signals.items():
-            assert (signal == 1).all(), name
+            assert (signal == SIGNALS[name].neutral).all(), name
         for parameter in with_controller.parameters():
             parameter.add_(1)
         for model in (with_controller, without):
@@ -161,9 +162,9 @@ def starts_neutral(
 
 
 def neutral_signals(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
-    """One value of 1 for every signal and site, shape (1, 1, layers[, sites])."""
+    """One neutral value for every signal and site, shape (1, 1, layers[, sites])."""
     signals = model(input_ids, output_signals=True).signals
-    return {name: torch.ones_like(signal[:1, :1]) for name, signal in signals.items()}
+    return {name: torch.full_like(signal[:1, :1], SIGNALS[name].neutral) for name, signal in signals.items()}
 
 
 def every_signal_acts(model: nn.Module, input_ids: Tensor) -> None:

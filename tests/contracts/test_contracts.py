@@ -108,7 +108,7 @@ def test_documents(variant: NCNConfig, size: int) -> None:
 def test_shapes_of_the_signals(variant: NCNConfig) -> None:
     out = ModulatedTransformer(variant)(text(9), output_signals=True)
     controller, layers = variant.controller, variant.num_layers
-    sites = {"gain": (), "precision": (), "ffn_gate": (), "head_gate": (variant.num_heads,)}
+    sites = {"gain": (), "precision": (), "ffn_gate": (), "head_gate": (variant.num_heads,), "residual_mix": ()}
     if controller and controller.precision_per == "head":
         sites["precision"] = (variant.num_heads,)
     if controller and controller.gain_per == "sublayer":

@@ -13,6 +13,7 @@ import ncn.core.model as model_module
 from contracts import properties
 from contracts.variants import SEPARATOR, VOCABULARY, awake, config, text, variants
 from ncn.config.model import NCNConfig
+from ncn.config.signals import SIGNALS
 from ncn.core.cache import Cache
 from ncn.core.controller.controller import ControllerNetwork
 from ncn.core.controller.phasic import convolve
@@ -20,7 +21,6 @@ from ncn.core.controller.salience import SalienceState, pool
 from ncn.core.layers import Attention
 from ncn.core.model import ModulatedTransformer
 from ncn.core.signals.modulation import UNMODULATED
-from ncn.core.signals.table import SIGNALS
 
 Patch = pytest.MonkeyPatch
 Mutant = Callable[[Patch], None]
@@ -146,6 +146,22 @@ def signal_skipped(name: str) -> Mutant:
 gain_skipped = signal_skipped("gain")
 gate_skipped = signal_skipped("ffn_gate")
 film_skipped = signal_skipped("norm_film")
+mix_skipped = signal_skipped("residual_mix")
+
+
+def mixed_embeddings(change: Callable[[Tensor], Tensor]) -> Mutant:
+    """A mutant that changes what the residual mix adds. (Only this and local gates normalise by torch's function.)"""
+
+    def mutate(patch: Patch) -> None:
+        original = F.rms_norm
+        patch.setattr(F, "rms_norm", lambda x, shape, eps: change(original(x, shape, eps=eps)))
+
+    return mutate
+
+
+mix_one_token_ahead = mixed_embeddings(lambda normed: normed.roll(-1, 1))
+mix_of_larger_embeddings = mixed_embeddings(lambda normed: 1.01 * normed)
+mix_without_gradient = mixed_embeddings(torch.detach)
 
 
 def last_layer_forgets_its_signals(patch: Patch) -> None:
@@ -235,21 +251,27 @@ class ControllerDrawsFirst(ModulatedTransformer):
 BORDERS = (15, 16, 17)
 
 
+ALL_SIGNALS = config({"signals": [*SIGNALS]})
+
+
 def later_tokens() -> None:
-    model = awake(config())
+    model = awake(ALL_SIGNALS)
     with torch.no_grad():
         properties.later_tokens_change_nothing(lambda ids: model(ids).logits, text(40), BORDERS)
 
 
 def later_embeddings() -> None:
-    model, input_ids = awake(config()), text(40)
+    model, input_ids = awake(ALL_SIGNALS), text(40)
     properties.later_embeddings_have_no_gradient(
         lambda embeddings: model.hidden_states(embeddings, input_ids)[0], model.embedding(input_ids), BORDERS
     )
 
 
 @pytest.mark.parametrize("contract", [later_tokens, later_embeddings])
-@pytest.mark.parametrize("mutant", [leaky_pool, pool_one_token_ahead, phasic_one_token_ahead, attention_without_a_mask])
+@pytest.mark.parametrize(
+    "mutant",
+    [leaky_pool, pool_one_token_ahead, phasic_one_token_ahead, attention_without_a_mask, mix_one_token_ahead],
+)
 def test_causality_fails(mutant: Mutant, contract: Callable[[], None], monkeypatch: Patch) -> None:
     contract()
     mutant(monkeypatch)
@@ -316,11 +338,12 @@ def test_neutral_start_fails(build: type[ModulatedTransformer]) -> None:
         gain_skipped,
         gate_skipped,
         film_skipped,
+        mix_skipped,
         last_layer_forgets_its_signals,
     ],
 )
 def test_effect_fails(mutant: Mutant, monkeypatch: Patch) -> None:
-    model, input_ids = awake(config({"signals": [*SIGNALS]})), text(20)
+    model, input_ids = awake(ALL_SIGNALS), text(20)
     mutant(monkeypatch)
     with pytest.raises(AssertionError, match="has no effect"):
         properties.every_signal_acts(model, input_ids)
@@ -344,10 +367,20 @@ def test_temperature_fails(mutant: Mutant, monkeypatch: Patch) -> None:
 
 @pytest.mark.parametrize(
     "mutant",
-    [leaky_pool, slower_decay, decay_without_gradient, rotated_by_neighbours, precision_upside_down, signals_detached],
+    [
+        leaky_pool,
+        slower_decay,
+        decay_without_gradient,
+        rotated_by_neighbours,
+        precision_upside_down,
+        signals_detached,
+        mix_of_larger_embeddings,
+        mix_without_gradient,
+    ],
 )
 def test_truth_fails(mutant: Mutant, monkeypatch: Patch) -> None:
-    model = awake(config())
+    model = awake(ALL_SIGNALS)
+    properties.equals_the_equations(model, text(12, rows=1))
     mutant(monkeypatch)
     with pytest.raises(AssertionError):
         properties.equals_the_equations(model, text(12, rows=1))

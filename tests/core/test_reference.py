@@ -43,6 +43,24 @@ def test_one_token_by_hand() -> None:
     assert got.homeostatic_loss.item() == pytest.approx(sum(squares))
 
 
+def test_the_residual_mix_by_hand() -> None:
+    """What is added before every layer: a share of what enters the first, normalised; 0 is where it changes nothing."""
+    model = ModulatedTransformer(config({"kind": "static", "signals": ["residual_mix"]}, num_layers=2)).double()
+    with torch.no_grad():
+        model.controller.raw.copy_(torch.tensor([[0.4], [-1.2]], dtype=torch.float64))
+        for layer in model.layers:  # layers that write nothing
+            layer.attention.output.weight.zero_()
+            layer.ffn.down.weight.zero_()
+    e = model.embedding.weight[4]
+    length = (e.square().mean() + 1e-5).sqrt()
+    x = e + (math.tanh(0.4) + math.tanh(-1.2)) * e / length
+    got = reference(model, torch.tensor([[4]]))
+    torch.testing.assert_close(
+        got.logits[0, 0], model.embedding.weight @ (x / (x.square().mean() + 1e-5).sqrt()), rtol=1e-12, atol=1e-14
+    )
+    assert got.homeostatic_loss.item() == pytest.approx((math.tanh(0.4) ** 2 + math.tanh(-1.2) ** 2) / 2)
+
+
 def test_salience_by_hand() -> None:
     """Two tokens, memory of about two tokens, no scores: the second weighs the first by exp(−ρ)."""
     model = ModulatedTransformer(config({"pooling_heads": 1, "phasic": False, "width": 1, "hidden": 1})).double()

@@ -77,6 +77,18 @@ def test_the_verdict_on_a_controller_of_known_nature(
         assert costs["shuffled"]["value"] == 0
 
 
+def test_a_signal_that_adds_is_neutral_at_zero(documents: list[list[int]]) -> None:
+    asleep = ncn.diagnose(build(signals=("residual_mix", "gain")), documents)
+    assert asleep.results["verdict"]["kind"] == "nothing"
+    assert asleep.results["homeostasis"]["signals"]["residual_mix"]["saturation"]["value"] == 0
+    awake = build(signals=("residual_mix",), phasic_kernel=4)
+    networks(awake)
+    found = ncn.diagnose(awake, documents).results
+    assert found["verdict"]["kind"] == "context"
+    assert abs(found["causal_value"]["all"]["neutral"]["value"]) > 0.001
+    assert found["homeostasis"]["signals"]["residual_mix"]["neutral"] == 0
+
+
 def test_only_the_signal_that_moves_is_said_to_move(documents: list[list[int]]) -> None:
     model = build(signals=("gain", "ffn_gate"), phasic_kernel=4)
     (network,) = networks(model)

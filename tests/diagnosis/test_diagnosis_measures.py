@@ -177,6 +177,15 @@ def test_collapse_shows_in_rank_saturation_and_closed_gates() -> None:
     assert [closed[limit][0]["value"] for limit in ("0.5", "0.1", "0.01")] == pytest.approx([0.3] * 3, abs=0.03)
 
 
+def test_a_bound_beside_neutral_is_no_saturation() -> None:
+    rng, tokens = draws(6)
+    low = record_of(np.where(rng.random((len(tokens), 4)) < 0.3, 0.999, 0.0), tokens)
+    share = replace(low, neutral={"gain": 0.0}, bounds={"gain": (0.0, 1.0)})
+    found = homeostasis(share, Resampling(share.unit, 0))["signals"]["gain"]
+    assert found["saturation"]["value"] == pytest.approx(0.3, abs=0.02)
+    assert found["from_neutral"] == pytest.approx(0.999)
+
+
 def test_the_bootstrap_interval_has_its_coverage() -> None:
     hits = 0
     for seed in range(200):

@@ -134,7 +134,14 @@ def test_data_of_a_larger_vocabulary_is_refused(dataset: TokenDataset) -> None:
         evaluate(small, dataset)
 
 
-def test_frozen_at_neutral_is_the_backbone_alone(model: ModulatedTransformer, dataset: TokenDataset) -> None:
+@pytest.mark.parametrize("signals", [["gain", "precision", "ffn_gate", "head_gate"], ["residual_mix", "norm_film"]])
+def test_frozen_at_neutral_is_the_backbone_alone(
+    signals: list[str], model: ModulatedTransformer, dataset: TokenDataset
+) -> None:
+    model = ModulatedTransformer(model.config.override(controller={"signals": signals}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
     baseline = ModulatedTransformer(model.config.override(controller=None))
     baseline.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("controller.")})
     neutral = causal_value(model, dataset)["all"]["neutral"]

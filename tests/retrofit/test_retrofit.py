@@ -266,6 +266,8 @@ def test_wrong_uses_are_one_line_each() -> None:
     assert "no signals yet" in refused(lambda: handle.signals)
     film = ncn.ControllerConfig(signals=("gain", "norm_film"))
     assert "norm_film has no site on a base" in refused(lambda: ncn.attach(model, film))
+    mix = ncn.ControllerConfig(signals=("gain", "residual_mix"))
+    assert "residual_mix has no site on a base" in refused(lambda: ncn.attach(model, mix))
     prefix = ncn.ControllerConfig(sliders_enter="prefix")
     assert "can only enter the controller" in refused(lambda: ncn.attach(model, prefix))
     assert "not Linear" in refused(lambda: ncn.attach(torch.nn.Linear(1, 1)))

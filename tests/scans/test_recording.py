@@ -63,6 +63,19 @@ def test_the_other_arms_can_be_scanned_too(data: Path) -> None:
         assert all(values.shape[:2] == (len(scan.tokens), 2) for values in scan.signals.values())
 
 
+def test_a_signal_that_adds_is_shown_around_zero(data: Path, tmp_path: Path) -> None:
+    model = ModulatedTransformer(NCNConfig.parse(MODEL | {"controller": {"signals": ["residual_mix", "gain"]}}))
+    with torch.no_grad():
+        for parameter in model.controller.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    scan = ncn.scan(model, TokenDataset.open(data).tokenizer(), TEXT)
+    assert scan.neutral == {"residual_mix": 0.0, "gain": 1.0}
+    assert scan.bounds["residual_mix"] == (-1.0, 1.0)
+    assert scan.signals["residual_mix"].min() < 0 < scan.signals["residual_mix"].max()
+    for name in ("scan.png", "scan.html"):
+        assert scan.save(tmp_path / name).stat().st_size > 1000
+
+
 def test_a_model_without_signals_is_refused(loaded: tuple[ModulatedTransformer, Tokenizer]) -> None:
     baseline = ModulatedTransformer(loaded[0].config.override(controller=None))
     with pytest.raises(UserError, match="this model has no controller, so there are no signals to scan"):

@@ -147,6 +147,13 @@ def test_the_fixed_scale_is_centred_at_neutral(bounds: tuple[float, float], low:
     np.testing.assert_allclose(scale.position(np.array([low, 1.0, high])), [-1, 0, 1], atol=1e-12)
 
 
+def test_what_changes_nothing_at_zero_has_a_linear_scale_around_it() -> None:
+    scale = ColourScale.fixed(0.0, (-1.0, 1.0))
+    np.testing.assert_allclose(scale.position(np.array([-1.0, -0.5, 0.0, 1.0])), [-1, -0.5, 0, 1])
+    assert [label for _, label in scale.ticks()] == ["-1", "-0.5", "0", "0.5", "1"]
+    assert scale.fitted(np.array([-0.2, 0.1])).value(-1.0) == pytest.approx(-0.2)
+
+
 def test_a_factor_and_its_inverse_lie_equally_far_from_neutral() -> None:
     positions = ColourScale.fixed(1.0, (0.25, 4.0)).position(np.array([0.5, 2.0]))
     np.testing.assert_allclose(positions, [-0.5, 0.5])

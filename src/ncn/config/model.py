@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ncn.config.presets import read_preset
 from ncn.config.settings import Settings
+from ncn.config.signals import SIGNALS
 
-SignalName = Literal["gain", "precision", "ffn_gate", "head_gate", "norm_film"]
+if TYPE_CHECKING:
+    SignalName = str
+else:
+    SignalName = Literal[tuple(SIGNALS)]
 
 
 class ControllerConfig(Settings):
@@ -151,7 +155,8 @@ class NCNConfig(Settings):
             raise ValueError(f"separator_id ({self.separator_id}) lies outside the vocabulary ({self.vocab_size})")
         if self.controller and max(taps := self.controller.taps_in(self.num_layers)) >= self.num_layers:
             raise ValueError(f"controller.taps {list(taps)} name a layer that a {self.num_layers}-layer model lacks")
-        if self.controller and "norm_film" in self.controller.signals and self.d_model % self.controller.film_groups:
+        by_groups = self.controller and any(SIGNALS[name].per == "group" for name in self.controller.signals)
+        if self.controller and by_groups and self.d_model % self.controller.film_groups:
             raise ValueError(
                 f"d_model ({self.d_model}) must be a multiple of controller.film_groups ({self.controller.film_groups})"
             )

@@ -1,6 +1,6 @@
 """The language model, top to bottom: a pre-norm transformer whose layers obey control signals (equation 5).
 
-    x' = x + g · Attention(Norm x; β, η)        x'' = x' + g · γ · FFN(Norm x')
+    x ← x + μ · x̂₀        x' = x + g · Attention(ν · Norm x; β, η)        x'' = x' + g · γ · FFN(ν · Norm x')
 
 Without a controller the same code is the static baseline.
 """
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ncn.config.model import CONFIG, WEIGHTS, NCNConfig, saved_config
@@ -25,7 +26,7 @@ from ncn.core.layers import Layer
 from ncn.core.operations.norm import RMSNorm
 from ncn.core.operations.rotary import rotary_tables
 from ncn.core.segments import attention_mask_of, find_segments, positions_in_segment
-from ncn.core.signals.modulation import UNMODULATED, Factors, layer_factors
+from ncn.core.signals.modulation import UNMODULATED, Factors, add_scaled, layer_factors
 from ncn.core.signals.table import Frozen, SignalLayout, freeze
 from ncn.core.sliders import Adapters, SliderAdapters, SliderEmbedding, adapted
 from ncn.core.types import ControlInputs, Hidden, Signal, TokenIds
@@ -136,7 +137,7 @@ class ModulatedTransformer(LanguageModel):
 
         collected: dict[str, list[Tensor]] = {}
         served: list[Factors] = []
-        context = None
+        context = origin = None
         for index, layer in enumerate(self.layers):
             if self.controller is not None and index in self.controller.taps:
                 assert self.layout is not None
@@ -150,6 +151,10 @@ class ModulatedTransformer(LanguageModel):
                     collected.setdefault(name, []).append(signal)
                 served, first = layer_factors(signals, dtype=None if torch.is_grad_enabled() else x.dtype), index
             factors = served[index - first] if served else UNMODULATED
+            if factors.residual is not None:
+                if origin is None:  # x̂₀, from what enters the first layer, which tap 0 always serves
+                    origin = F.rms_norm(x, (config.d_model,), eps=config.norm_eps)
+                x = add_scaled(x, origin, factors.residual)
             arguments = (x, factors, rotation, mask, cache, adapters)
             recompute = self.checkpointing and cache is None and torch.is_grad_enabled()
             x = checkpoint(layer, *arguments, use_reentrant=False) if recompute else layer(*arguments)

@@ -59,8 +59,9 @@ def reference(
                         signals.setdefault(name, torch.zeros(shape, dtype=torch.float64))[row, t, layer] = value
     kept = torch.ones(batch, tokens, dtype=torch.bool) if attention_mask is None else attention_mask
     homeostasis = torch.zeros((), dtype=torch.float64)
-    for signal in signals.values():
-        homeostasis = homeostasis + ((signal[kept] - 1) ** 2).mean()  # (6), neutral is 1
+    for name, signal in signals.items():
+        neutral = 0 if name == "residual_mix" else 1
+        homeostasis = homeostasis + ((signal[kept] - neutral) ** 2).mean()  # (6)
     return Reference(logits, signals, homeostasis)
 
 
@@ -93,12 +94,14 @@ def _document(
     x = list(embeddings)
     if config.positions == "learned":
         x = [e + weights["position_embedding.weight"][t] for t, e in enumerate(embeddings)]
+    first_hat = [_rms_norm(h, config) for h in x]
     raw: list[Vectors] = []
     sent = []
     for layer in range(config.num_layers):
         tapped = embeddings if layer == 0 else x  # (3): tap 0 reads the embeddings
         raw += _raw_signals(config, weights, layer, tapped, embeddings, given)
         signals = [_split(config, raw[layer][t]) if raw else {} for t in range(len(ids))]
+        x = [h + signals[t].get("residual_mix", 0) * first_hat[t] for t, h in enumerate(x)]  # x ← x + μ x̂₀, (5)
         x = _layer(config, weights, layer, x, signals, given)
         sent.append(signals)
     x = _adapted(config, weights, 2 * config.num_layers, x, given)
@@ -328,6 +331,8 @@ def _ranged(name: str, z: Tensor, published: bool) -> Tensor:
         return (torch.log1p(torch.exp(z)) + 0.01).clamp(max=4) if published else 4 ** torch.tanh(z)
     if name == "ffn_gate":
         return _sigmoid(z) if published else _sigmoid(z + 3) * (1 + math.exp(-3))
+    if name == "residual_mix":
+        return torch.tanh(z)
     return 2 * _sigmoid(z)
 
 

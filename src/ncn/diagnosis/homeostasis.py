@@ -31,8 +31,9 @@ def homeostasis(record: Record, resampling: Resampling) -> dict[str, Any]:
     for name in record.signals:
         cube, (low, high) = record.cube(name).astype(np.float64), record.bounds[name]
         margin = 0.01 * (high - low)
+        lower = low if record.neutral[name] - low > 0.1 else -np.inf
         upper = high if high - record.neutral[name] > 0.1 else np.inf
-        outside = (cube < low + margin) | (cube > upper - margin)
+        outside = (cube < lower + margin) | (cube > upper - margin)
         count = resampling.sums(np.ones(len(cube)))
         bottom, top = np.quantile(cube, (0.01, 0.99))
         result["signals"][name] = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ncn.config.signals import MEANINGS
+from ncn.config.signals import meaning
 from ncn.diagnosis.events import CONTRAST_WORDS
 from ncn.diagnosis.freezing import WAYS
 from ncn.diagnosis.homeostasis import CLOSED
@@ -82,7 +82,7 @@ def _how(results: Mapping[str, Any]) -> str:
         else "**Not causal.** Changing the last token of a text changed signals before it by up to "
         f"{later['signals']:.2g} of their range and losses by up to {later['loss']:.2g} nats."
     )
-    meanings = "".join(f"- **{name}**: {MEANINGS.get(name, 'a control signal')}\n" for name in results["signals"])
+    meanings = "".join(f"- **{name}**: {meaning(name, 'a control signal')}\n" for name in results["signals"])
     return f"""## What was measured
 
 A controller sends every layer, for every token, a few numbers, the control signals. Here they were recorded on

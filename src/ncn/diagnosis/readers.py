@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from ncn.config.signals import SIGNALS
 from ncn.core.interface import LanguageModel
 from ncn.core.operations.loss import IGNORED
-from ncn.core.signals.table import SIGNALS, Frozen, range_map
+from ncn.core.signals.table import Frozen, range_map
 from ncn.core.types import TokenIds
 from ncn.errors import UserError
 from ncn.models.published import SIGNALS as PUBLISHED_SIGNALS

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ncn.config.signals import SIGNALS
 from ncn.core.interface import LanguageModel
-from ncn.core.signals.table import SIGNALS
 from ncn.data.dataset import TokenDataset
 from ncn.inference.evaluate import Evaluation, evaluate
 from ncn.inference.reading import evaluating, read_windows

@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ncn.config.model import ControllerConfig
+from ncn.config.signals import SIGNALS
 from ncn.core.cache import Cache
 from ncn.core.controller.controller import SignalSource, signal_source
 from ncn.core.segments import find_segments
 from ncn.core.signals.modulation import Factors, layer_factors, scale
-from ncn.core.signals.table import SIGNALS, Frozen, SignalLayout, freeze, homeostatic_loss
+from ncn.core.signals.table import Frozen, SignalLayout, freeze, homeostatic_loss
 from ncn.core.types import ControlInputs
 from ncn.errors import UserError
 from ncn.hf.cache import state_of
 from ncn.retrofit.attention import CARRIER, use_sharpened_attention
-from ncn.retrofit.families import Family, core_config, family_of, find_sites
+from ncn.retrofit.families import BASE_SITES, Family, core_config, family_of, find_sites
 from ncn.retrofit.files import save_controller
 from ncn.retrofit.guidance import use_guidance
 from ncn.retrofit.inputs import InputsAt, Instruction, inputs_at, stretch
@@ -83,8 +84,9 @@ def attach(
         raise UserError("this model has a controller already; call detach() on its handle first")
     if not isinstance(base, PreTrainedModel):
         raise UserError(f"attach needs a transformers model, not {type(base).__name__}")
-    if config is not None and "norm_film" in config.signals:
-        raise UserError("norm_film has no site on a base; leave it out of controller.signals")
+    for name in config.signals if config is not None else ():
+        if not set(SIGNALS[name].sites) <= set(BASE_SITES):
+            raise UserError(f"{name} has no site on a base; leave it out of controller.signals")
     if config is not None and config.sliders_enter != "controller":
         raise UserError("on a base sliders can only enter the controller; leave out controller.sliders_enter")
     return AttachedController(base, config or ControllerConfig(), family or family_of(base), freeze_base)

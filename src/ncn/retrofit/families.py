@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from ncn.config.model import ControllerConfig, NCNConfig
 from ncn.errors import UserError
 
+BASE_SITES = ("query", "head", "attention", "ffn")
+"""The sites of the signal table (`ncn.config.signals.SITES`) that every base has."""
 LONGEST_MEMORY = 2048
 """Tokens; the slowest salience head of a new controller fades over the base's context, and at most over these."""
 

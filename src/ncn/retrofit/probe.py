@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ncn.config.model import NCNConfig
+from ncn.config.signals import SITES, signals_at
 from ncn.core.signals.modulation import Factors
 from ncn.errors import UserError
+from ncn.retrofit.families import BASE_SITES
 
 CANCELS = 1e-4
 """A sum that is smaller than this share of its terms' sizes is taken for zero."""
@@ -34,35 +36,28 @@ def check_sites(
     config: Any = decoder.config
     width, device = config.hidden_size, next(decoder.parameters()).device
     per_head = (1, tokens, heads, getattr(config, "head_dim", None) or width // heads)
-    sites = {
-        "query": ("precision", per_head),
-        "head": ("head_gate", per_head),
-        "attention": ("gain", (1, tokens, width)),
-        "ffn": ("gain and ffn_gate", (1, tokens, width)),
-    }
+    sizes = {site: per_head if SITES[site].parts == "heads" else (1, tokens, width) for site in BASE_SITES}
     probe = {
-        index: Factors(
-            **{site: torch.ones(shape, device=device).requires_grad_() for site, (_, shape) in sites.items()}
-        )
+        index: Factors(**{site: torch.ones(size, device=device).requires_grad_() for site, size in sizes.items()})
         for index in range(shape.num_layers)
     }
-    leaves = [getattr(factors, site) for factors in probe.values() for site in sites]
+    leaves = [getattr(factors, site) for factors in probe.values() for site in BASE_SITES]
     with probed(probe):
         grads = iter(_gradients(model, shape.vocab_size, leaves, tokens))
     exact = next(decoder.parameters()).dtype in (torch.float32, torch.float64)
     for index in probe:
-        for site, (signal, _) in sites.items():
-            grad = next(grads)
+        for site in BASE_SITES:
+            grad, signals = next(grads), " and ".join(signals_at(site))
             size = torch.zeros(1) if grad is None else grad.abs().sum(-1)
             if grad is None or not size.max() > 0:
                 raise UserError(
-                    f"{signal} has no effect on layer {index}: its {site} site, as the Family names it, is not on "
+                    f"{signals} has no effect on layer {index}: its {site} site, as the Family names it, is not on "
                     "the way to the output"
                 )
             left = (grad.sum(-1).abs() / size).nan_to_num().max().item()
             if exact and left < CANCELS:
                 raise UserError(
-                    f"{signal} has no effect on layer {index}: a norm behind its {site} site, as the Family names "
+                    f"{signals} has no effect on layer {index}: a norm behind its {site} site, as the Family names "
                     "it, undoes any scale; name the last module before the residual sum"
                 )
 

@@ -1,6 +1,6 @@
 """The colours of every brain scan: one diverging palette, centred at the neutral value of a signal.
 
-The picture (`plot/`) and the page (`scan_page.py`) both take their colours from here, so that a colour means the same
+The picture (`figures.py`) and the page (`page.py`) both take their colours from here, so that a colour means the same
 thing in both, and in every scan of every model.
 """
 
@@ -31,7 +31,7 @@ class ColourScale:
     Attributes:
         neutral: the value at which the signal changes nothing.
         reach: the distance from neutral to either end; in octaves (log2) if `multiplicative`, else in units.
-        multiplicative: whether the signal is a factor, so that ½ and 2 lie equally far from neutral 1.
+        multiplicative: whether the signal is a factor above zero, so that ½ and 2 lie equally far from neutral 1.
     """
 
     neutral: float
@@ -42,9 +42,9 @@ class ColourScale:
     def fixed(cls, neutral: float, bounds: tuple[float, float]) -> ColourScale:
         """The scale that a signal has everywhere: it depends on the signal's bounds and not on any scan.
 
-        A signal that can reach zero is additive, and its scale extends to its farther bound on both sides, so that
-        gates in (0, 1.05) share their colours with gains in (0, 2). A signal that stays above zero is a factor, and its
-        scale extends to its upper bound and as many octaves below neutral.
+        A signal that can reach zero has a linear scale, which extends to its farther bound on both sides, so that gates
+        in (0, 1.05) share their colours with gains in (0, 2); also one that is 0 where it changes nothing. The scale of
+        a signal that stays above zero counts octaves: up to its upper bound, and as many below neutral.
         """
         low, high = bounds
         if low <= 0:

@@ -15,7 +15,7 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from ncn.config.signals import MEANINGS
+from ncn.config.signals import meaning
 from ncn.errors import UserError
 from ncn.pages.style import FAINT, FONT, INK, RULE, drawable
 from ncn.scans.colours import PALETTE, ColourScale
@@ -134,7 +134,7 @@ def _heat_map(axes: Axes, name: str, values: NDArray[np.float64], scale: ColourS
 
 
 def _panel_header(axes: Axes, name: str, values: NDArray[np.float64]) -> None:
-    _header(axes, name, MEANINGS.get(name, ""))
+    _header(axes, name, meaning(name))
     spread = f"min {values.min():.2f}   mean {values.mean():.2f}   max {values.max():.2f}"
     axes.annotate(spread, (1, 1), (0, 4), "axes fraction", "offset points", ha="right", size=8, color=INK, family=FONT)
 

@@ -6,7 +6,7 @@ import html
 import json
 from typing import Any
 
-from ncn.config.signals import MEANINGS
+from ncn.config.signals import meaning
 from ncn.machine.files import ASSETS
 from ncn.scans.colours import PALETTE
 from ncn.scans.contents import ScanContents
@@ -35,7 +35,7 @@ def _content(scan: ScanContents) -> dict[str, Any]:
         signals.append(
             {
                 "name": name,
-                "meaning": MEANINGS.get(name, ""),
+                "meaning": meaning(name),
                 "heads": heads,
                 "neutral": scale.neutral,
                 "reach": scale.reach,

@@ -7,8 +7,9 @@ import math
 import torch
 from torch.nn import functional as F
 
+from ncn.config.signals import SIGNALS
 from ncn.core.interface import LanguageModel
-from ncn.core.signals.table import SIGNALS, range_map
+from ncn.core.signals.table import range_map
 from ncn.data.tokenizer import Tokenizer
 from ncn.errors import UserError
 from ncn.scans.scan import Scan

@@ -1,7 +1,10 @@
 """The signal table: ranges, exact inverses, layouts, homeostasis, and statistics that tell trouble from health."""
 
 import math
-from typing import Any
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ncn.config.model import ControllerConfig, NCNConfig
+from ncn.config.model import ControllerConfig, NCNConfig, SignalName
+from ncn.config.signals import SIGNALS, SITES, Range
+from ncn.core.signals.modulation import Factors
 from ncn.core.signals.statistics import controller_problem, signal_statistics
-from ncn.core.signals.table import SIGNALS, RangeMap, SignalLayout, homeostatic_loss, range_map, signal_shape
+from ncn.core.signals.table import RangeMap, SignalLayout, homeostatic_loss, range_map, signal_shape
 
 MAPS = {f"{name} {maps}": range_map(name, maps) for name in SIGNALS for maps in ("smooth", "published")}
 
@@ -22,12 +27,24 @@ def config(**controller: Any) -> NCNConfig:
     )
 
 
+def test_the_rows_of_the_table_fit_together() -> None:
+    assert sorted(Factors._fields) == sorted(SITES)
+    assert get_args(SignalName) == tuple(SIGNALS)
+    page = Path("docs/equations.md").read_text("utf-8")
+    for name, row in SIGNALS.items():
+        assert row.name == name
+        assert row.per == "layer" or len({SITES[site].parts for site in row.sites}) == 1
+        assert {SITES[site].adds for site in row.sites} == {row.neutral == 0}
+        assert re.search(rf"^\| {name} {row.symbol} .*\| {re.escape(row.smooth.map)} \|", page, re.MULTILINE), name
+
+
 @pytest.mark.parametrize("name", SIGNALS)
 def test_smooth_maps_are_exactly_neutral_at_zero(name: str) -> None:
     mapping = range_map(name, "smooth")
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        assert mapping.forward(torch.zeros(3, dtype=dtype)).tolist() == [1, 1, 1]
-    assert mapping.inverse(1.0) == 0
+        assert mapping.forward(torch.zeros(3, dtype=dtype)).tolist() == [SIGNALS[name].neutral] * 3
+    assert mapping.inverse(mapping.start) == 0
+    assert mapping.start == SIGNALS[name].neutral
 
 
 @pytest.mark.parametrize("mapping", MAPS.values(), ids=MAPS)
@@ -73,7 +90,7 @@ def test_published_precision_is_clamped() -> None:
 
 
 def test_a_signal_that_was_never_published_keeps_its_smooth_map() -> None:
-    assert range_map("head_gate", "published") is range_map("head_gate", "smooth")
+    assert range_map("head_gate", "published") == range_map("head_gate", "smooth")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +103,7 @@ def test_a_signal_that_was_never_published_keeps_its_smooth_map() -> None:
         ("ffn_gate", {}, ()),
         ("head_gate", {"precision_per": "layer"}, (3,)),
         ("norm_film", {"film_groups": 2}, (4,)),
+        ("residual_mix", {"gain_per": "sublayer"}, ()),
     ],
 )
 def test_shapes(name: str, settings: dict[str, str], shape: tuple[int, ...]) -> None:
@@ -122,6 +140,7 @@ def test_homeostatic_loss_by_hand() -> None:
     expected = (0.25 + 0.25) / 4 + 4 / 4
     assert homeostatic_loss({"gain": gain, "precision": precision}).item() == expected
     assert homeostatic_loss({"gain": torch.ones(2, 3, 4)}).item() == 0
+    assert homeostatic_loss({"residual_mix": torch.tensor([[[0.5, 0.0]]])}).item() == 0.125
 
 
 def test_homeostatic_loss_keeps_float64() -> None:
@@ -131,7 +150,12 @@ def test_homeostatic_loss_keeps_float64() -> None:
 
 def healthy() -> dict[str, Tensor]:
     varied = torch.linspace(-0.5, 0.5, 60).view(3, 10, 2)
-    return {"gain": 1 + varied, "precision": torch.exp(varied)[..., None], "ffn_gate": 1 - varied.abs()}
+    return {
+        "gain": 1 + varied,
+        "precision": torch.exp(varied)[..., None],
+        "ffn_gate": 1 - varied.abs(),
+        "residual_mix": varied,
+    }
 
 
 def problem(signals: dict[str, Tensor], **controller: Any) -> str | None:
@@ -184,11 +208,20 @@ def test_healthy_signals_are_no_problem(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bound"), [("gain", 0.001), ("gain", 1.999), ("precision", 0.26), ("precision", 3.99), ("ffn_gate", 0.001)]
+    ("name", "bound"),
+    [
+        ("gain", 0.001),
+        ("gain", 1.999),
+        ("precision", 0.26),
+        ("precision", 3.99),
+        ("ffn_gate", 0.001),
+        ("residual_mix", -0.99),
+        ("residual_mix", 0.99),
+    ],
 )
 def test_a_saturated_signal_is_named(name: str, bound: float) -> None:
     signals = healthy()
-    signals[name] = torch.full_like(signals[name], bound)
+    signals[name] = torch.full((3, 10, 2), bound)
     text = problem(signals)
     assert text is not None
     assert name in text
@@ -202,8 +235,15 @@ def test_an_open_gate_is_not_saturated(maps: str) -> None:
     assert problem(signals, maps=maps) is None
 
 
+def test_what_adds_nothing_at_its_lower_bound_is_not_saturated_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    share = Range("σ(z)", 0.0, 1.0, start=0.0)
+    monkeypatch.setitem(SIGNALS, "share", replace(SIGNALS["residual_mix"], name="share", smooth=share))
+    signal = torch.cat([torch.zeros(1, 4, 1), torch.tensor([[[1.0], [0.0], [0.0], [0.5]]])], 2)
+    assert signal_statistics({"share": signal}, "smooth")["share"]["saturation"] == 0.25
+
+
 def test_signals_that_start_neutral_and_stay_are_stuck() -> None:
-    stuck = {name: torch.full_like(signal, 1.02) for name, signal in healthy().items()}
+    stuck = {name: torch.full_like(signal, SIGNALS[name].neutral + 0.02) for name, signal in healthy().items()}
     assert "stuck" in (problem(stuck) or "")
     assert "stuck" in (problem(stuck, kind="local") or "")
     assert problem(stuck, kind="static") is None  # a constant is all that static gates can send

@@ -13,27 +13,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ncn.config.signals import SIGNALS, SITES, SignalSpec
 from ncn.core.types import Signal
 
 
 class Factors(NamedTuple):
-    """One layer's factors, each with a last axis of 1 for the row of numbers that it multiplies; None: no factor."""
+    """What the signals come to at every site of one layer, each with a last axis of 1 for the row of numbers that it
+    multiplies; None: nothing acts there. The names are those of `ncn.config.signals.SITES`."""
 
-    query: Float[Tensor, "batch tokens sites _"] | None
-    """β, on the queries of every head or of all."""
-    head: Float[Tensor, "batch tokens heads _"] | None
-    """g · η, on the heads' outputs."""
-    attention: Float[Tensor, "batch tokens _"] | None
-    """g, on the attention's output where the heads' outputs do not carry it."""
-    ffn: Float[Tensor, "batch tokens _"] | None
-    """g · γ, on the feed-forward output."""
+    residual: Float[Tensor, "batch tokens _"] | None = None
+    """μ, of the normalised embeddings that are added to the residual stream before the layer."""
     attention_norm: Float[Tensor, "batch tokens groups _"] | None = None
     """ν, on the groups of channels of the attention's normalised input."""
+    query: Float[Tensor, "batch tokens sites _"] | None = None
+    """β, on the queries of every head or of all."""
+    head: Float[Tensor, "batch tokens heads _"] | None = None
+    """g · η, on the heads' outputs."""
+    attention: Float[Tensor, "batch tokens _"] | None = None
+    """g, on the attention's output where the heads' outputs do not carry it."""
     ffn_norm: Float[Tensor, "batch tokens groups _"] | None = None
-    """ν, on those of the feed-forward block's."""
+    """ν, on the groups of channels of the feed-forward block's normalised input."""
+    ffn: Float[Tensor, "batch tokens _"] | None = None
+    """g · γ, on the feed-forward output."""
 
 
-UNMODULATED = Factors(None, None, None, None)
+UNMODULATED = Factors()
 
 
 def layer_factors(
@@ -45,23 +49,36 @@ def layer_factors(
     if nothing but a linear projection without a bias lies between. `dtype` rounds the factors to what they multiply,
     which is otherwise done at each product, and keeps their gradients exact.
     """
-    gain, precision = signals.get("gain"), signals.get("precision")
-    head, ffn, film = signals.get("head_gate"), signals.get("ffn_gate"), signals.get("norm_film")
-    attention, ffn_gain = (gain, gain) if gain is None or gain.ndim == 3 else gain.unbind(-1)
-    if gain_on_heads and head is not None and attention is not None:
+    factors: dict[str, Tensor] = {}
+    for name, row in SIGNALS.items():
+        if name in signals:
+            for site, values in zip(row.sites, _values_at_sites(row, signals[name]), strict=True):
+                before = factors.get(site)
+                if before is not None:
+                    values = before + values if SITES[site].adds else before * values
+                factors[site] = values
+    if gain_on_heads and "head" in factors and "attention" in factors:
         # the output projection is linear, g · W(η o) = W(g η o), which saves a pass over memory
-        head, attention = head * attention.unsqueeze(-1), None
-    if ffn_gain is not None:
-        ffn = ffn_gain if ffn is None else ffn_gain * ffn
-    if precision is not None and precision.ndim == 3:
-        precision = precision.unsqueeze(-1)
-    norms = (None, None) if film is None else film.chunk(2, -1)
+        factors["head"] = factors["head"] * factors.pop("attention").unsqueeze(-1)
     layers = next(iter(signals.values())).shape[2]
     columns = (
-        [None] * layers if factor is None else factor.to(dtype or factor.dtype).unsqueeze(-1).unbind(2)
-        for factor in (precision, head, attention, ffn, *norms)
+        factors[site].to(dtype or factors[site].dtype).unsqueeze(-1).unbind(2) if site in factors else [None] * layers
+        for site in Factors._fields
     )
     return [Factors(*row) for row in zip(*columns, strict=True)]
+
+
+def _values_at_sites(row: SignalSpec, signal: Signal) -> list[Tensor]:
+    """A signal as it acts at each of its sites: (batch, tokens, layers), and a last axis where a site has parts.
+
+    One value for a layer, and values for its heads, are the same at every site; of others each site has its share.
+    """
+    parts = [SITES[site].parts for site in row.sites]
+    if signal.ndim == 3:
+        return [signal.unsqueeze(-1) if part else signal for part in parts]
+    if "heads" in parts:
+        return [signal] * len(parts)
+    return list(signal.chunk(len(parts), -1) if parts[0] else signal.unbind(-1))
 
 
 def scale(x: Float[Tensor, "*rows width"], factor: Float[Tensor, "*#rows #width"]) -> Float[Tensor, "*rows width"]:

@@ -69,9 +69,10 @@ def signal_statistics(
     for name, signal in signals.items():
         mapping = range_map(name, maps)
         margin = 0.01 * (mapping.high - mapping.low)
-        # A gate whose upper bound lies next to neutral is open there, not saturated.
+        # A gate whose upper bound lies next to neutral is open there, not saturated; so is what adds nothing at 0.
+        lower = mapping.low if mapping.start - mapping.low > 0.1 else -math.inf
         upper = mapping.high if mapping.high - mapping.start > 0.1 else math.inf
-        outside = (signal < mapping.low + margin) | (signal > upper - margin)
+        outside = (signal < lower + margin) | (signal > upper - margin)
         result[name] = {
             "mean": signal.mean().item(),
             "spread": signal.flatten(0, 1).std(0).mean().item() if signal.shape[:2].numel() > 1 else 0.0,

@@ -1,4 +1,5 @@
-"""The table of control signals (equation 4): what there is to control, in which range, and where neutral lies."""
+"""What the table of control signals (`ncn.config.signals`, equation 4) comes to in tensors: the range maps with their
+inverses, and how raw controller outputs become signals."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ncn.config.model import NCNConfig
+from ncn.config.signals import SIGMOID_3, SIGNALS
 from ncn.core.types import Signal
 
 
@@ -22,20 +24,8 @@ class RangeMap:
     inverse: Callable[[float], float]
     low: float
     high: float
-    start: float = 1.0
+    start: float
     """The signal's value before training."""
-
-
-@dataclass(frozen=True)
-class SignalSpec:
-    """One row of the table."""
-
-    name: str
-    symbol: str
-    site: str
-    smooth: RangeMap
-    published: RangeMap | None
-    neutral: float = 1.0
 
 
 def _twice_sigmoid(raw: Tensor) -> Tensor:
@@ -46,6 +36,10 @@ def _logit_half(value: float) -> float:
     return math.log(value / (2 - value))
 
 
+def _logit(value: float) -> float:
+    return math.log(value / (1 - value))
+
+
 def _four_to_tanh(raw: Tensor) -> Tensor:
     return torch.exp(math.log(4) * torch.tanh(raw))
 
@@ -54,17 +48,14 @@ def _four_to_tanh_inverse(value: float) -> float:
     return math.atanh(math.log(value) / math.log(4))
 
 
-_SIGMOID_3 = 1 / (1 + math.exp(-3))
-
-
 def _shifted_sigmoid(raw: Tensor) -> Tensor:
     # σ(z + 3) / σ(3), written so that z = 0 gives exactly 1 in every precision. Below -30 the gate is zero to all
     # purposes, and the clamp keeps the exponential finite.
-    return (1 + (1 - _SIGMOID_3) * torch.expm1(-raw.clamp(min=-30))).reciprocal()
+    return (1 + (1 - SIGMOID_3) * torch.expm1(-raw.clamp(min=-30))).reciprocal()
 
 
 def _shifted_sigmoid_inverse(value: float) -> float:
-    return -math.log1p((1 / value - 1) / (1 - _SIGMOID_3))
+    return -math.log1p((1 / value - 1) / (1 - SIGMOID_3))
 
 
 def _published_precision(raw: Tensor) -> Tensor:
@@ -75,47 +66,32 @@ def _published_precision_inverse(value: float) -> float:
     return math.log(math.expm1(value - 0.01))
 
 
-_GAIN = RangeMap(_twice_sigmoid, _logit_half, 0.0, 2.0)
-_SIGNALS = (
-    SignalSpec("gain", "g", "sublayer output before the residual sum", smooth=_GAIN, published=_GAIN),
-    SignalSpec(
-        "precision",
-        "β",
-        "queries, after RoPE and QK-norm",
-        smooth=RangeMap(_four_to_tanh, _four_to_tanh_inverse, 0.25, 4.0),
-        published=RangeMap(_published_precision, _published_precision_inverse, 0.01, 4.0),
-    ),
-    SignalSpec(
-        "ffn_gate",
-        "γ",
-        "feed-forward output",
-        smooth=RangeMap(_shifted_sigmoid, _shifted_sigmoid_inverse, 0.0, 1 / _SIGMOID_3),
-        published=RangeMap(torch.sigmoid, lambda value: math.log(value / (1 - value)), 0.0, 1.0, start=_SIGMOID_3),
-    ),
-    SignalSpec("head_gate", "η", "each head's attention output, before the output projection", _GAIN, None),
-    SignalSpec("norm_film", "ν", "output of the RMSNorm before a sublayer, by groups of channels", _GAIN, None),
-)
-SIGNALS: Mapping[str, SignalSpec] = {spec.name: spec for spec in _SIGNALS}
+_FUNCTIONS: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[float], float]]] = {
+    "2σ(z)": (_twice_sigmoid, _logit_half),
+    "4^tanh z": (_four_to_tanh, _four_to_tanh_inverse),
+    "σ(z + 3) / σ(3)": (_shifted_sigmoid, _shifted_sigmoid_inverse),
+    "tanh z": (torch.tanh, math.atanh),
+    "softplus(z) + 0.01, at most 4": (_published_precision, _published_precision_inverse),
+    "σ(z)": (torch.sigmoid, _logit),
+}
+"""The range maps that the table names, each with its exact inverse. A smooth one gives exactly neutral at z = 0."""
 
 
 def range_map(name: str, maps: Literal["smooth", "published"]) -> RangeMap:
     """The range map of a signal; a signal that was never published keeps its smooth map."""
-    spec = SIGNALS[name]
-    return spec.published if maps == "published" and spec.published else spec.smooth
+    row = SIGNALS[name]
+    found = row.published if maps == "published" and row.published else row.smooth
+    return RangeMap(*_FUNCTIONS[found.map], found.low, found.high, found.start)
 
 
 def signal_shape(name: str, config: NCNConfig) -> tuple[int, ...]:
-    """Shape of one token's signal in one layer: () for a scalar, (heads,) or (2,) for one per head or sublayer, and
-    (2 · groups,) for one per group of channels of either norm."""
-    controller = config.controller
+    """Shape of one token's signal in one layer: () for a scalar, (heads,) for one per head, (sites,) for one at each of
+    its sites, and (sites · groups,) for one per group of channels of each."""
+    controller, row = config.controller, SIGNALS[name]
     assert controller is not None
-    if name == "head_gate" or (name == "precision" and controller.precision_per == "head"):
-        return (config.num_heads,)
-    if name == "gain" and controller.gain_per == "sublayer":
-        return (2,)
-    if name == "norm_film":
-        return (2 * controller.film_groups,)
-    return ()
+    sites, groups = len(row.sites), controller.film_groups
+    shapes = {"layer": (), "sublayer": (sites,), "head": (config.num_heads,), "group": (sites * groups,)}
+    return shapes[getattr(controller, row.per, row.per)]
 
 
 @dataclass(frozen=True)

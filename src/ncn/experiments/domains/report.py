@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ncn.core.signals.table import SIGNALS
+from ncn.config.signals import SIGNALS
 from ncn.experiments.domains.forgetting import Curve, at_equal_level, shielding
 from ncn.experiments.domains.separation import RECENT, STRETCHES
 from ncn.experiments.domains.study import EQUAL_RATE, LABELS, STATIC, WITH_TASKS, Study, curve_of, losses_of, measure
