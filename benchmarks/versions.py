@@ -2,8 +2,8 @@
 
 python -m benchmarks.versions OTHER_CHECKOUT
 
-A training step of `mini`, decoding with the bundled `stories-mini`, and the start of the command. A ratio is the time of
-this checkout over that of the other: above 1, this one is slower. Each works in a process of its own, on one thread.
+A training step of `mini`, decoding with the bundled `stories-mini`, and the start of the command. A ratio is the time
+of this checkout over that of the other: above 1, this one is slower. Each works in a process of its own, on one thread.
 """
 
 from __future__ import annotations
