@@ -13,7 +13,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -30,22 +30,20 @@ PROMPT, NEW = 16, 48
 
 def measure(
     other: Path, rounds: int = 30, warmup: int = 3, only: Sequence[str] | None = None
-) -> dict[str, dict[str, float]]:
-    """For each work, the ratio of the two checkouts as in `measure.ratio`, and the milliseconds that this one takes at
-    best. `only` names some of `WORKS` and `STARTS`."""
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield, work by work, its name, the ratio of the two checkouts as in `measure.ratio`, and the milliseconds that this
+    one takes at best. `only` names some of `WORKS` and `STARTS`."""
     checkouts = {"this": ROOT, "other": other}
-    found = {}
     with ExitStack() as stack:
         asked = [name for name in WORKS if only is None or name in only]
         tells = {name: stack.enter_context(_worker(root)) for name, root in checkouts.items()} if asked else {}
         for work in asked:
             arms: dict[str, Callable[[], object]] = {name: partial(tell, work) for name, tell in tells.items()}
-            found[work] = _compared(arms, rounds, warmup)
+            yield work, _compared(arms, rounds, warmup)
     for work, arguments in STARTS.items():
         if only is None or work in only:
             arms = {name: partial(_start, root, arguments) for name, root in checkouts.items()}
-            found[work] = _compared(arms, rounds, warmup)
-    return found
+            yield work, _compared(arms, rounds, warmup)
 
 
 def _compared(arms: dict[str, Callable[[], object]], rounds: int, warmup: int) -> dict[str, float]:
@@ -153,10 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.serve:
         serve(other)
         return
-    for work, found in measure(other, options.rounds, only=options.only).items():
+    for work, found in measure(other, options.rounds, only=options.only):
         print(
             f"{work}: this / other {found['median']:.3f}, 95 % interval {found['low']:.3f} to {found['high']:.3f}, "
-            f"best rounds {found['best']:.3f}; this takes {found['milliseconds']:.1f} ms at best"
+            f"best rounds {found['best']:.3f}; this takes {found['milliseconds']:.1f} ms at best",
+            flush=True,
         )
 
 

@@ -66,7 +66,7 @@ def test_an_arm_steps_in_a_process_of_its_own(benchmarks: Any) -> None:
 def test_a_checkout_against_itself(benchmarks: Any) -> None:
     versions = importlib.import_module("benchmarks.versions")
     works = ["training step, bfloat16", "decoding, sampled"]
-    found = versions.measure(ROOT, rounds=2, warmup=1, only=works)
+    found = dict(versions.measure(ROOT, rounds=2, warmup=1, only=works))
     assert [*found] == works
     for work in found.values():
         assert 0 < work["low"] <= work["median"] <= work["high"]
