@@ -6,13 +6,15 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROOT = Path(__file__).resolve().parents[1]
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -50,6 +52,39 @@ def ratio(times: dict[str, list[float]], arm: str, against: str) -> dict[str, fl
         "high": medians[-50],
         "best": min(times[arm]) / min(times[against]),
     }
+
+
+class Elsewhere:
+    """A process that does a piece of work for every line that it is told, and answers with a line when it is done. It
+    runs in the folder that holds `benchmarks`.
+
+    Used with `with`, which gives the function that tells it a line and returns the answer. `environment` is added to
+    ours. Raises `RuntimeError` when the process has ended.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        self.command, self.environment = list(command), os.environ | dict(environment or {})
+
+    def __enter__(self) -> Callable[[str], str]:
+        self.process = subprocess.Popen(
+            self.command, cwd=ROOT, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return self._tell
+
+    def _tell(self, line: str) -> str:
+        assert self.process.stdin
+        assert self.process.stdout
+        try:
+            print(line, file=self.process.stdin, flush=True)
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise RuntimeError("the process of the other arm has ended")
+        return answer.strip()
+
+    def __exit__(self, *error: object) -> None:
+        self.process.communicate()
 
 
 def memory_bandwidth() -> float:

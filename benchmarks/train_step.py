@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks.arms import OURS, batch, training_flops, training_step
-from benchmarks.measure import DEVICE, PRECISIONS, interleaved, matmul_rate, ratio, seconds
+from benchmarks.measure import DEVICE, PRECISIONS, Elsewhere, interleaved, matmul_rate, ratio, seconds
 
 SEQUENCES = {"mini": 16, "published-18m": 4}
 WITH_GPT2 = {"published-18m"}
@@ -30,8 +28,8 @@ def measure(preset: str, precision: str, rounds: int, compiled: bool = False) ->
     arms = {name: training_step(name, preset, data, precision, compiled) for name in OURS}
     rounds *= TURNS.get(preset, 1)
     if preset in WITH_GPT2:
-        with Elsewhere("gpt2", preset, precision, compiled) as step:
-            times = interleaved({**arms, "gpt2": step}, rounds)
+        with elsewhere("gpt2", preset, precision, compiled) as tell:
+            times = interleaved({**arms, "gpt2": lambda: tell("step")}, rounds)
     else:
         times = interleaved(arms, rounds)
     tokens = data[0].numel()
@@ -54,31 +52,11 @@ def measure(preset: str, precision: str, rounds: int, compiled: bool = False) ->
     return result
 
 
-class Elsewhere:
+def elsewhere(arm: str, preset: str, precision: str, compiled: bool) -> Elsewhere:
     """Steps of an arm in a process of its own, where memory is managed as it is without us."""
-
-    def __init__(self, arm: str, preset: str, precision: str, compiled: bool) -> None:
-        self.command = [sys.executable, "-m", "benchmarks.train_step", "--serve", arm, "--preset", preset]
-        self.command += ["--precision", precision, "--threads", str(torch.get_num_threads())]
-        self.command += ["--compile"] if compiled else []
-
-    def __enter__(self) -> Callable[[], None]:
-        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        return self._step
-
-    def _step(self) -> None:
-        assert self.process.stdin
-        assert self.process.stdout
-        try:
-            print("step", file=self.process.stdin, flush=True)
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            raise RuntimeError("the process of the other arm has ended")
-
-    def __exit__(self, *error: object) -> None:
-        self.process.communicate()
+    command = [sys.executable, "-m", "benchmarks.train_step", "--serve", arm, "--preset", preset]
+    command += ["--precision", precision, "--threads", str(torch.get_num_threads())]
+    return Elsewhere(command + (["--compile"] if compiled else []))
 
 
 def serve(arm: str, preset: str, precision: str, compiled: bool) -> None:

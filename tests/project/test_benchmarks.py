@@ -54,11 +54,34 @@ def test_one_part_is_measured_and_the_others_are_kept(
     assert f"| {documents} documents, " in page
 
 
-def test_an_arm_steps_in_a_process_of_its_own(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    with benchmarks.train_step.Elsewhere("static twin", "mini", "float32", compiled=False) as step:
-        step()
-        step()
-    other = benchmarks.train_step.Elsewhere("no such preset's arm", "no such preset", "float32", compiled=False)
-    with pytest.raises(RuntimeError, match="has ended"), other as step:
-        step()
+def test_an_arm_steps_in_a_process_of_its_own(benchmarks: Any) -> None:
+    elsewhere = benchmarks.train_step.elsewhere
+    with elsewhere("static twin", "mini", "float32", compiled=False) as tell:
+        assert [tell("step"), tell("step")] == ["done", "done"]
+    other = elsewhere("no such preset's arm", "no such preset", "float32", compiled=False)
+    with pytest.raises(RuntimeError, match="has ended"), other as tell:
+        tell("step")
+
+
+def test_a_checkout_against_itself(benchmarks: Any) -> None:
+    versions = importlib.import_module("benchmarks.versions")
+    works = ["training step, bfloat16", "decoding, sampled"]
+    found = dict(versions.measure(ROOT, rounds=2, warmup=1, only=works))
+    assert [*found] == works
+    for work in found.values():
+        assert 0 < work["low"] <= work["median"] <= work["high"]
+        assert work["milliseconds"] > 0
+
+
+def test_a_ratio_is_of_this_checkout_to_the_one_that_is_named(
+    benchmarks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    versions = importlib.import_module("benchmarks.versions")
+    (tmp_path / "src" / "ncn").mkdir(parents=True)
+    (tmp_path / "src" / "ncn" / "__init__.py").write_text("import time\n\ntime.sleep(0.3)\n")
+    versions.main([str(tmp_path), "--rounds", "2", "--only", "import ncn"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("import ncn: this / other ")
+    assert float(line.split()[5].rstrip(",")) < 0.9
+    with pytest.raises(SystemExit, match="no package"):
+        versions.main([str(tmp_path / "src")])

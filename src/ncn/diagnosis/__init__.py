@@ -1,7 +1,8 @@
 """What a model's control signals do over a corpus, with intervals and permutation tests, and a verdict in words.
 
-`diagnose` records the signals once (`record`), measures the record (`variance`, `events`, `balance`, `stereotyping`),
-reads the corpus again with signals held still (`freezing`), adds worked examples (`examples`) and sums up (`verdict`).
+`diagnose` records the signals once (`record`), measures the record (`variance`, `events`, `homeostasis`,
+`stereotyping`), reads the corpus again with signals held still (`freezing`), adds worked examples (`examples`) and sums
+up (`verdict`).
 """
 
 from ncn.diagnosis.readers import Reader
