@@ -18,7 +18,7 @@ from ncn.config.model import CONTROLLER, MODEL_TYPE, NCNConfig, standard_fields
 from ncn.core.model import ModulatedTransformer
 from ncn.data.tokenizer import Tokenizer
 from ncn.errors import UserError
-from ncn.machine.files import ASSETS, flat, hash_shard, write_atomically
+from ncn.machine.files import ASSETS, file_sha256, flat, write_atomically
 from ncn.machine.hub import from_hub, is_hub_name
 from ncn.machine.tensors import write_tensors
 
@@ -45,7 +45,7 @@ def save_model(
         return
     dtype = dtype or model.embedding.weight.dtype
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     write_tensors(folder / WEIGHTS, tensors)
     if tokenizer is not None:
         tokenizer.save(folder)
@@ -134,7 +134,7 @@ def weights_fingerprint(name_or_path: str | Path) -> str:
     """SHA-256 of a saved model's weight files."""
     found = hashlib.sha256()
     for path in _weight_files(find(name_or_path)):
-        hash_shard(path, found)
+        file_sha256(path, found)
     return found.hexdigest()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ncn.config.recipe import Recipe
 from ncn.config.training import TrainConfig
@@ -25,7 +25,13 @@ from ncn.inference.evaluate import evaluate
 from ncn.machine.compiling import compiled
 from ncn.machine.files import disk_problem_in_one_line
 from ncn.steering.documents import DocumentInputs
-from ncn.training.optimizers import build_optimizers, learning_rate_factor, load_optimizer_state, optimizer_state
+from ncn.training.optimizers import (
+    build_optimizers,
+    learning_rate_factor,
+    load_optimizer_state,
+    optimizer_state,
+    update,
+)
 from ncn.training.run_folder import RunFolder
 
 
@@ -103,13 +109,9 @@ class Training:
             objective.backward()  # type: ignore[no-untyped-call]
             loss_sum += nats.item() / count
             homeostatic_sum += homeostatic.item()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
+        norm = update(self.optimizers, self.model.parameters(), self.config.clip, factor)
         if not math.isfinite(loss_sum + norm):
             raise self.not_a_number("loss or its gradient")
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-            optimizer.step()
         self.step += 1
         self.batches_sha256 = batch.chained(self.batches_sha256)
         self.sums.loss += loss_sum
