@@ -19,7 +19,13 @@ from ncn.config.training import TrainConfig
 from ncn.data.dataset import TokenDataset
 from ncn.machine.devices import arithmetic, find_device
 from ncn.machine.progress import TrainingProgress
-from ncn.training.optimizers import learning_rate_factor, load_optimizer_state, optimizer_state
+from ncn.training.optimizers import (
+    build_adamw,
+    learning_rate_factor,
+    load_optimizer_state,
+    optimizer_state,
+    update,
+)
 from ncn.training.run_folder import RunFolder
 
 CONTEXT = 256
@@ -48,8 +54,7 @@ def build_optimizer(model: LlamaForCausalLM, config: TrainConfig) -> torch.optim
     """AdamW; only the matrices of the layers decay."""
     decays = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
-    groups = [{"params": decays, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return build_adamw([{"params": decays}, {"params": rest, "weight_decay": 0.0}], config)
 
 
 def main() -> None:
@@ -94,10 +99,7 @@ def main() -> None:
                 logits = model(input_ids=inputs.to(device), use_cache=False).logits
             loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.to(device).flatten())
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * learning_rate_factor(config, step, total)
-            optimizer.step()
+            update([optimizer], model.parameters(), config.clip, learning_rate_factor(config, step, total))
             optimizer.zero_grad()
             loss_sum += loss.item()
             line = None

@@ -51,7 +51,7 @@ def test_again_it_is_the_same_and_other_data_is_refused(whole: TokenDataset, tmp
     first = [part.fingerprint for part in hold_out(whole, *folders)]
     assert [part.fingerprint for part in hold_out(whole, *folders)] == first
     other = prepare_text(tmp_path / "other", stories(90_000, 150_000), tokenizer=str(whole.folder))
-    with pytest.raises(UserError, match="train was made from other data than"):
+    with pytest.raises(UserError, match="tuning was made from other data than"):
         hold_out(other, *folders)
 
 

@@ -104,7 +104,7 @@ def test_a_failed_save_leaves_the_old_model(saved: Path, tokenizer: Tokenizer) -
     before = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors.part").mkdir()  # nothing can be written there
 
-    with pytest.raises(OSError, match=r"cannot write .*model.safetensors"):
+    with pytest.raises(OSError, match=r"model.safetensors"):
         store.save_model(tiny(), saved, tokenizer)
 
     assert (saved / "model.safetensors").read_bytes() == before

@@ -167,8 +167,7 @@ class ModulatedTransformer(LanguageModel):
 
     def write(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         dtype = dtype or self.embedding.weight.dtype
-        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
-        write_tensors(folder / WEIGHTS, tensors)
+        write_tensors(folder / WEIGHTS, {name: tensor.to(dtype) for name, tensor in self.state_dict().items()})
         # Last, because a folder without it is no model: a kill in between leaves nothing that looks complete.
         write_json(folder / CONFIG, saved_config(self.config, str(dtype).removeprefix("torch.")))
 

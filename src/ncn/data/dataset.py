@@ -8,7 +8,8 @@ document before. `ncn.prepare` writes such a folder.
 
 import bisect
 import hashlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from ncn.data.manifest import MANIFEST, Manifest, token_dtype
 from ncn.data.tokenizer import Tokenizer
 from ncn.errors import UserError
-from ncn.machine.files import hash_shard
+from ncn.machine.files import file_sha256
 
 NO_TARGET = -100
 """Marks a position without a target; `torch.nn.functional.cross_entropy` leaves it out by default."""
@@ -117,7 +118,7 @@ class TokenDataset:
         differs."""
         whole = hashlib.sha256()
         for shard in self.manifest.shards:
-            if hash_shard(self.folder / shard.name, whole) != shard.sha256:
+            if file_sha256(self.folder / shard.name, whole) != shard.sha256:
                 raise UserError(
                     f"{self.folder / shard.name} is damaged: its bytes differ from those written; prepare it anew"
                 )
@@ -140,6 +141,15 @@ class TokenDataset:
             for start in range(0, len(shard), _READ_BLOCK)
         ]
         return np.concatenate(found).astype(np.int64)
+
+    def document_bounds(self) -> list[tuple[int, int]]:
+        """Of each document, where its separator lies in the stream, and the place after its last token."""
+        return list(itertools.pairwise([*self.document_starts().tolist(), self.tokens]))
+
+    def document_bytes(self, bounds: Iterable[tuple[int, int]]) -> list[int]:
+        """UTF-8 bytes of the texts of documents, or of their first tokens; each as in `document_bounds`."""
+        decode = self.tokenizer().decode
+        return [len(decode(self.read(start + 1, end - start - 1).tolist()).encode()) for start, end in bounds]
 
     @property
     def tasks(self) -> tuple[str, ...]:

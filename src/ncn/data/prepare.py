@@ -24,7 +24,7 @@ from ncn.data.sources import Source, open_source
 from ncn.data.tokenizer import MINIMUM_VOCAB_SIZE, Tokenizer
 from ncn.errors import UserError
 from ncn.machine.devices import usable_cores
-from ncn.machine.files import PART_SUFFIX, hash_shard, write_atomically
+from ncn.machine.files import PART_SUFFIX, file_sha256, write_atomically
 from ncn.machine.progress import ProgressReport
 
 SHARD_TOKENS = 1 << 26
@@ -206,7 +206,7 @@ class _Preparation:
         good: list[_Shard] = []
         for done in journal.shards:
             path, before = self.out / done.shard.name, self.hash.copy()
-            if not path.is_file() or hash_shard(path, self.hash) != done.shard.sha256:
+            if not path.is_file() or file_sha256(path, self.hash) != done.shard.sha256:
                 self.hash = before
                 break
             good.append(done)

@@ -8,7 +8,6 @@ else, and inside a line, that string is ordinary text.
 import codecs
 import difflib
 import gzip
-import hashlib
 import io
 import json
 import lzma
@@ -22,7 +21,7 @@ from ncn.data.columns import NO_COLUMNS, Beside, Columns, beside, missing_field
 from ncn.data.manifest import SourceRecord
 from ncn.data.tokenizer import SEPARATOR
 from ncn.errors import UserError
-from ncn.machine.files import ASSETS
+from ncn.machine.files import ASSETS, file_sha256
 
 PIECE_BYTES = 4 << 20
 """A document longer than this is handed on in pieces, so that memory stays bounded whatever a text file holds."""
@@ -99,11 +98,7 @@ class FileSource(Source):
         self.path = path
 
     def record(self) -> SourceRecord:
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-        return SourceRecord(name=self.path.name, bytes=self.size, version=digest.hexdigest())
+        return SourceRecord(name=self.path.name, bytes=self.size, version=file_sha256(self.path))
 
     def _lines(self) -> Iterator[tuple[int, bytes]]:
         """Lines of the unpacked file, each with the offset of its first byte; one over PIECE_BYTES comes in parts."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ncn.data.tokenizer import Tokenizer
 from ncn.diagnosis.record import Floats, Ids, Record
-from ncn.statistics.resampling import PERMUTATIONS, Resampling, interval, p_value
+from ncn.statistics.resampling import PERMUTATIONS, Resampling, p_value, percentile_interval
 
 REACH = 4
 """Tokens shown before and after an event."""
@@ -93,7 +93,7 @@ def event_study(
             "control": (~is_event * weight) @ around / is_event.sum(),
         }
         drawn = draws(around)
-        bands = [interval(drawn[:, column]) for column in range(len(offsets))]
+        bands = [percentile_interval(drawn[:, column]) for column in range(len(offsets))]
         at_token = around[:, REACH]
         # chance of exchanging events and controls within strata; the controls' mean follows from the stratum's sum
         sums = np.bincount(stratum, at_token)

@@ -11,7 +11,7 @@ from ncn.data.tokenizer import Tokenizer
 from ncn.diagnosis.readers import Reader
 from ncn.diagnosis.record import Floats, Ids, Record, Text, read_texts
 from ncn.scans.scan import Scan
-from ncn.statistics.resampling import interval
+from ncn.statistics.resampling import percentile_interval
 
 ORDER_PAIR = ("the dog chased the cat.", "the cat chased the dog.")
 PLOT_TWIST = "Timmy wanted an apple. He looked in the box, but it was empty."
@@ -64,7 +64,7 @@ def word_order(reader: Reader, record: Record, tokenizer: Tokenizer, rng: np.ran
             for alone, start, end in zip(signals, starts[:-1], starts[1:], strict=True)
         )
         last = np.array([gap[-1] for gap in gaps])
-        low, high = interval(rng.choice(last, (1000, len(last))).mean(1))
+        low, high = percentile_interval(rng.choice(last, (1000, len(last))).mean(1))
         result["signals"][name] = {
             "last": {"value": float(last.mean()), "low": low, "high": high, "p": None},
             "smallest": float(last.min()),

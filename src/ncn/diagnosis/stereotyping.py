@@ -13,7 +13,7 @@ from ncn.data.tokenizer import Tokenizer
 from ncn.diagnosis.readers import Reader
 from ncn.diagnosis.record import SHORTEST, Floats, Ids, Record, Text, read_texts
 from ncn.diagnosis.variance import text_borders
-from ncn.statistics.resampling import FEWEST, PERMUTATIONS, RESAMPLES, Resampling, interval, p_value
+from ncn.statistics.resampling import FEWEST, PERMUTATIONS, RESAMPLES, Resampling, p_value, percentile_interval
 
 KEYWORDS = (
     ("dog", "ball", "park"),
@@ -76,7 +76,7 @@ def from_first_sentence(record: Record, tokenizer: Tokenizer, resampling: Resamp
         errors = np.stack([((means - smoother @ means) ** 2).sum(1) for smoother in smoothers])
         best = errors[errors.sum(1).argmin()]
         observed = 1 - best.sum() / total.sum()
-        low, high = interval(1 - best[drawn].sum(1) / total[drawn].sum(1))
+        low, high = percentile_interval(1 - best[drawn].sum(1) / total[drawn].sum(1))
         chance = np.array([_best_r2(means[order], smoothers, centres) for order in shuffled])
         estimate = {"value": float(observed), "low": low, "high": high, "p": p_value(chance, float(observed))}
         result[name] = {"r2": estimate, "between": between}
@@ -124,7 +124,7 @@ def _two_ways(points: Floats, resampling: Resampling) -> dict[str, Any]:
     )
     result: dict[str, Any] = {}
     for column, key in enumerate(("same_words", "same_frame", "words", "frame")):
-        low, high = interval(drawn[1:, column])
+        low, high = percentile_interval(drawn[1:, column])
         result[key] = {"value": float(drawn[0, column]), "low": low, "high": high, "p": None}
     for column, key in enumerate(("words", "frame")):
         result[key]["p"] = p_value(chance[:, column], observed[column])

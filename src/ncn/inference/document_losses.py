@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,10 +99,8 @@ def document_losses(
 
 def by_document(losses: npt.NDArray[np.float64], dataset: TokenDataset) -> DocumentLosses:
     """The losses of a dataset's tokens in order, its first one left out, added up for each document."""
-    starts, decode = dataset.document_starts(), dataset.tokenizer().decode
-    bounds = [*starts.tolist(), dataset.tokens]
-    sizes = [len(decode(dataset.read(a + 1, b - a - 1).tolist()).encode()) for a, b in itertools.pairwise(bounds)]
-    ends = np.cumsum(sizes)
+    bounds = dataset.document_bounds()
+    starts, ends = [start for start, _ in bounds], np.cumsum(dataset.document_bytes(bounds))
     exact = ends if ends[-1] == dataset.text_bytes else np.rint(ends * (dataset.text_bytes / ends[-1]))
     return DocumentLosses(
         nats=np.add.reduceat(losses, starts),

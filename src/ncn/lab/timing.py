@@ -11,7 +11,7 @@ import torch
 from ncn.config.recipe import Recipe
 from ncn.core.model import ModulatedTransformer
 from ncn.machine.devices import arithmetic, find_device, synchronised_time, usable_cores
-from ncn.training.optimizers import build_optimizers
+from ncn.training.optimizers import build_optimizers, update
 
 _FEWEST_ROUNDS, _MOST_ROUNDS, _ENOUGH_SECONDS = 3, 15, 45.0
 _MEASURED_TOKENS = 16_384
@@ -59,9 +59,8 @@ def _one_step(recipe: Recipe) -> float:
             nats, _ = model.loss(tokens, tokens.roll(-1, 1), chunk=config.loss_chunk)
         (nats / tokens.numel()).backward()  # type: ignore[no-untyped-call]
         computed = synchronised_time(device)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        update(optimizers, model.parameters(), config.clip, 1.0)
         for optimizer in optimizers:
-            optimizer.step()
             optimizer.zero_grad()
         updated = synchronised_time(device)
     return (computed - begun) * config.batch_size / rows + updated - computed

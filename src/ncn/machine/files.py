@@ -10,8 +10,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from ncn.errors import UserError
 
 ASSETS = Path(str(resources.files("ncn") / "assets"))
@@ -38,14 +36,20 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     os.replace(part, path)
 
 
+def flush_to_disk(path: Path) -> None:
+    """Have the system write what it holds of a file, so that it outlasts a power cut."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def disk_problem_in_one_line(path: Path) -> Iterator[None]:
     """Context in which a full or unwritable disk becomes one line that says what to do."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        # safetensors says it in words only
+    except OSError as error:
+        reason = error.strerror or str(error)
+        # what safetensors met is told in words only
         full = next((text for number in _FULL if (text := os.strerror(number)) in reason), None)
         remedy = (
             "what was saved before is intact: free some space, then continue with --resume"
@@ -58,11 +62,12 @@ def disk_problem_in_one_line(path: Path) -> Iterator[None]:
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+def flat(values: Mapping[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, whose keys are theirs joined by dots."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        inner = isinstance(value, Mapping)
+        found |= flat(value, separator, f"{prefix}{key}{separator}") if inner else {prefix + key: value}
     return found
 
 
@@ -85,11 +90,12 @@ def read_json(path: Path) -> dict[str, Any]:
 _HASH_BLOCK = 1 << 20
 
 
-def hash_shard(path: Path, whole: "hashlib._Hash") -> str:
-    """SHA-256 of a file, in hexadecimal; its bytes also go into the running hash `whole`."""
+def file_sha256(path: Path, whole: "hashlib._Hash | None" = None) -> str:
+    """SHA-256 of a file, in hexadecimal; its bytes also go into the running hash `whole`, if there is one."""
     own = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_HASH_BLOCK):
             own.update(block)
-            whole.update(block)
+            if whole is not None:
+                whole.update(block)
     return own.hexdigest()

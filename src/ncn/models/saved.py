@@ -19,7 +19,7 @@ from ncn.core.interface import LanguageModel
 from ncn.core.model import ModulatedTransformer
 from ncn.data.tokenizer import Tokenizer
 from ncn.errors import UserError
-from ncn.machine.files import ASSETS, flat, hash_shard
+from ncn.machine.files import ASSETS, file_sha256, flat
 from ncn.machine.hub import from_hub, is_hub_name
 
 INDEX = "model.safetensors.index.json"
@@ -116,7 +116,7 @@ def weights_fingerprint(name_or_path: str | Path) -> str:
     """SHA-256 of a saved model's weight files."""
     found = hashlib.sha256()
     for path in _weight_files(find(name_or_path)):
-        hash_shard(path, found)
+        file_sha256(path, found)
     return found.hexdigest()
 
 

@@ -46,8 +46,7 @@ def save_controller(
     """Write a controller of the form `config` on `base`; each file under a temporary name first. The configuration
     comes last."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in controller.state_dict().items()}
-    write_tensors(folder / WEIGHTS, tensors)
+    write_tensors(folder / WEIGHTS, controller.state_dict())
     content = {
         "format": 1,
         "controller": config.model_dump(mode="json"),

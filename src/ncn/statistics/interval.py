@@ -1,4 +1,4 @@
-"""An estimate with its 95 % interval, from bootstrap draws or from a few independent values."""
+"""An estimate with its 95 % interval, either end of which may be infinite; from bootstrap draws, the percentiles."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from ncn.statistics.seeds import student_quantile
-
-LEVEL = 0.95
+from ncn.statistics.seeds import LEVEL, student_quantile
 
 
 @dataclass(frozen=True)

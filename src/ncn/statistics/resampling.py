@@ -1,4 +1,4 @@
-"""Intervals and p-values: a bootstrap over documents, and tests by permutation."""
+"""Intervals and p-values from resampled data: percentile intervals, a bootstrap over documents, permutation tests."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Resampling:
         counts = self.counts if counts is None else counts
         with np.errstate(divide="ignore", invalid="ignore"):
             drawn = measure(*(np.tensordot(counts, part, 1) for part in sums))
-        low, high = interval(drawn[1:])
+        low, high = percentile_interval(drawn[1:])
         return Estimate(float(drawn[0]), low, high, p)
 
     def ratio(self, numerator: Array, denominator: Array, p: float | None = None) -> Estimate:
@@ -92,10 +92,16 @@ def p_value(permuted: Array, observed: float) -> float:
     return float((1 + np.sum(permuted >= observed * (1 - 1e-12))) / (1 + len(permuted)))
 
 
-def interval(drawn: Array) -> tuple[float, float]:
-    """The middle 95 % of finite draws."""
+def percentile_interval(drawn: Array) -> tuple[float, float]:
+    """The middle 95 % of a statistic's values over resampled data; of the finite ones, NaN where there is none."""
     finite = drawn[np.isfinite(drawn)]
     if not len(finite):
         return float("nan"), float("nan")
     low, high = np.quantile(finite, (0.025, 0.975))
     return float(low), float(high)
+
+
+def with_interval(value: float, drawn: Array) -> dict[str, float]:
+    """A statistic and the percentile interval of its values over resampled data, for JSON."""
+    low, high = percentile_interval(drawn)
+    return {"value": value, "low": low, "high": high}

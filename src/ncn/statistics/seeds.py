@@ -56,6 +56,11 @@ class Intervals:
     high: Array
     p: Array
 
+    def as_dict(self) -> dict[str, float | None]:
+        """The numbers of a single mean, for JSON: None where they do not exist."""
+        numbers = {name: float(value) for name, value in vars(self).items()}
+        return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
 
 class ResampledLosses:
     """The losses of runs on the same documents, in every measure, and what they would be on other such documents.
@@ -119,6 +124,17 @@ def intervals(per_seed: ArrayLike, resampled: ArrayLike | None = None, *, seed: 
     beyond = np.minimum((drawn <= 0).sum(-1), (drawn >= 0).sum(-1))
     p = np.minimum(2 * (1 + beyond) / (1 + draws), 1.0)
     return Intervals(mean, *(np.asarray(found) for found in (low, high, p)))
+
+
+def entry(per_seed: ArrayLike, estimate: Intervals) -> dict[str, Any]:
+    """One mean over seeds for JSON: mean, interval and p-value, and the value for each seed."""
+    return estimate.as_dict() | {"per_seed": [float(value) for value in np.asarray(per_seed)]}
+
+
+def mean_over_seeds(per_seed: ArrayLike) -> dict[str, float | None]:
+    """A mean over seeds with its 95 % interval (Student's t) and p-value, for JSON; ends are null for a single seed."""
+    found = intervals(per_seed).as_dict()
+    return {"value": found["mean"], "low": found["low"], "high": found["high"], "p": found["p"]}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -213,18 +229,3 @@ def _measures(sums: Array) -> dict[str, Array]:
     loss = nats / tokens
     # Beyond 700 nats a float overflows.
     return dict(zip(MEASURES, (nats / sizes / math.log(2), loss, np.exp(np.minimum(loss, 700.0))), strict=True))
-
-
-def difference(per_seed: ArrayLike) -> dict[str, float | None]:
-    """A mean over seeds with its 95 % interval (Student's t); ends are null for a single seed."""
-    found = intervals(per_seed)
-    ends = {"value": found.mean, "low": found.low, "high": found.high, "p": found.p}
-    return {name: None if np.isnan(end) else float(end) for name, end in ends.items()}
-
-
-def entry(per_seed: NDArray[np.float64] | Sequence[float], estimate: Any) -> dict[str, Any]:
-    """An estimate for JSON: mean, interval and p-value, None where they do not exist, and the value for each seed."""
-    numbers = {name: float(getattr(estimate, name)) for name in ("mean", "low", "high", "p")}
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()} | {
-        "per_seed": [float(value) for value in per_seed]
-    }

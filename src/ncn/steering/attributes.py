@@ -9,7 +9,6 @@ A slider at 0.9 means "more than in nine documents of ten". A dataset folder hol
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -126,10 +125,9 @@ def check_columns(names: Iterable[str]) -> None:
 def _measured(dataset: TokenDataset, counts: Array, progress: bool) -> dict[str, Array]:
     """What is measured on each document, by name."""
     decode = dataset.tokenizer().decode
-    bounds = [*dataset.document_starts().tolist(), dataset.tokens]
     rows: list[dict[str, float]] = []
     with ProgressReport("measure", dataset.tokens, progress) as bar:
-        for start, end in itertools.pairwise(bounds):
+        for start, end in dataset.document_bounds():
             tokens = dataset.read(start + 1, end - start - 1)
             rows.append(measure(decode(tokens.tolist()), tokens, counts))
             bar.update(end, end)

@@ -1,9 +1,12 @@
-"""Optimisers, their schedule, and their state by parameter name."""
+"""Optimisers, their schedule, one update with them, and their state by parameter name.
+
+Every group of an optimiser that is made here knows the `peak` of its learning rate, which the schedule is a factor of.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +36,7 @@ def build_optimizers(model: LanguageModel, config: TrainConfig) -> list[Optimize
             role = roles[name]
             key = (role.linear, role.part == "controller" and not role.from_outside)
             groups.setdefault(key, []).append(parameter)
-    adamw = torch.optim.AdamW(
+    rest = build_adamw(
         [
             {
                 "params": parameters,
@@ -42,16 +45,22 @@ def build_optimizers(model: LanguageModel, config: TrainConfig) -> list[Optimize
             }
             for (decays, controls), parameters in groups.items()
         ],
-        lr=config.learning_rate,
-        betas=config.betas,
-        fused=True,
+        config,
     )
     if not matrices:
-        return [adamw]
+        return [rest]
     muon = torch.optim.Muon(matrices.values(), lr=config.muon_learning_rate, weight_decay=config.weight_decay)
     for group in muon.param_groups:
         group["peak"] = config.muon_learning_rate
-    return [adamw, muon]
+    return [rest, muon]
+
+
+def build_adamw(groups: Iterable[Mapping[str, Any]], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over groups of parameters, each {"params": ...}; one that says nothing else has the configuration's
+    "weight_decay", and its learning rate as its "peak"."""
+    usual = {"weight_decay": config.weight_decay, "peak": config.learning_rate}
+    whole = [usual | dict(group) for group in groups]
+    return torch.optim.AdamW(whole, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
 def learning_rate_factor(config: TrainConfig, step: int, total: int) -> float:
@@ -62,6 +71,22 @@ def learning_rate_factor(config: TrainConfig, step: int, total: int) -> float:
     progress = (step - warmup) / max(total - warmup, 1)
     remaining = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.final_learning_rate + (1 - config.final_learning_rate) * remaining
+
+
+def update(optimizers: Sequence[Optimizer], parameters: Iterable[nn.Parameter], clip: float, factor: float) -> float:
+    """Move the parameters along their gradients, which are clipped to the norm `clip` together, at `factor` times the
+    peak of every learning rate. The gradients stay, clipped.
+
+    Returns:
+        The norm of the gradients before they were clipped. Where it is not finite, nothing was moved.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, clip).item()
+    if math.isfinite(norm):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            optimizer.step()
+    return norm
 
 
 def optimizer_state(model: LanguageModel, optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:

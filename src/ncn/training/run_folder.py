@@ -16,12 +16,10 @@ loss.png           the loss curve
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ncn.config.recipe import Recipe
@@ -30,12 +28,15 @@ from ncn.machine.files import (
     PART_SUFFIX,
     disk_problem_in_one_line,
     flat,
+    flush_to_disk,
     read_json,
-    readable_as_usual,
     write_atomically,
     write_json,
 )
-from ncn.training.checkpoints import KEPT_CHECKPOINTS, Checkpoint, read_checkpoint
+from ncn.training.checkpoints import Checkpoint, checkpoint_files, newest_checkpoint, write_checkpoint
+
+FREE_SETTINGS = ("train.device", "train.trackers", "train.checkpoint_every")
+"""Settings that may differ between a run and its continuation, because they do not change the result."""
 
 
 class RunFolder:
@@ -139,58 +140,17 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Checkpoint files, newest first."""
-        return sorted((self.path / "checkpoints").glob("step-*.safetensors"), reverse=True)
+        return checkpoint_files(self.path / "checkpoints")
 
     def save_checkpoint(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
-        """Write a checkpoint under a temporary name, flush it to the disk, rename it, and only then drop old ones."""
-        folder = self.path / "checkpoints"
-        final = folder / f"step-{step:08d}.safetensors"
-        part = final.with_name(final.name + PART_SUFFIX)
-        try:
-            with disk_problem_in_one_line(self.path):
-                folder.mkdir(exist_ok=True)
-                self._flush_metrics()
-                # safetensors refuses tensors that share memory, and wants them contiguous
-                save_file(
-                    {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                    part,
-                    metadata={"facts": json.dumps(dict(facts))},
-                )
-                readable_as_usual(part)
-                with part.open("rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(part, final)
-        finally:
-            part.unlink(missing_ok=True)
-        for old in self.checkpoints()[KEPT_CHECKPOINTS:]:
-            old.unlink()
-        return final
-
-    def _flush_metrics(self) -> None:
-        # After a power cut a checkpoint must not be there without the lines that were logged before it.
-        path = self.path / "metrics.jsonl"
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        """Write a checkpoint, and drop the oldest; returns its path."""
+        metrics = self.path / "metrics.jsonl"
+        with disk_problem_in_one_line(self.path):
+            # After a power cut a checkpoint must not be there without the lines that were logged before it.
+            if metrics.is_file():
+                flush_to_disk(metrics)
+            return write_checkpoint(self.path / "checkpoints", step, Checkpoint(tensors, facts))
 
     def load_checkpoint(self, warn: Callable[[str], None]) -> Checkpoint | None:
         """The newest readable checkpoint, None if there is none at all; `warn` is told of each that is damaged."""
-        folder = self.path / "checkpoints"
-        for leftover in [
-            *folder.glob(f"*{PART_SUFFIX}"),
-            *folder.glob(".tmp*"),
-        ]:  # safetensors writes to .tmp... itself
-            leftover.unlink()
-        found = self.checkpoints()
-        for path in found:
-            try:
-                return read_checkpoint(path)
-            except UserError as error:
-                warn(str(error))
-        if found:
-            raise UserError(f"no checkpoint in {folder} can be read; start the run anew")
-        return None
-
-
-FREE_SETTINGS = ("train.device", "train.trackers", "train.checkpoint_every")
-"""Settings that may differ between a run and its continuation, because they do not change the result."""
+        return newest_checkpoint(self.path / "checkpoints", warn)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ncn.config.recipe import Recipe
 from ncn.config.training import TrainConfig
@@ -26,7 +26,13 @@ from ncn.machine.files import disk_problem_in_one_line
 from ncn.steering.documents import DocumentInputs
 from ncn.training.distributed import Processes
 from ncn.training.objective import Objective
-from ncn.training.optimizers import build_optimizers, learning_rate_factor, load_optimizer_state, optimizer_state
+from ncn.training.optimizers import (
+    build_optimizers,
+    learning_rate_factor,
+    load_optimizer_state,
+    optimizer_state,
+    update,
+)
 from ncn.training.run_folder import RunFolder
 
 
@@ -80,13 +86,9 @@ class Training:
         batch = self.dataset.batch(config.seed, self.step, config.batch_size, self.context)
         loss_sum, homeostatic_sum, signals = self.differentiate(batch)
         factor = learning_rate_factor(config, self.step, self.total_steps)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
+        norm = update(self.optimizers, self.model.parameters(), config.clip, factor)
         if not math.isfinite(loss_sum + norm):
             raise self.not_a_number("loss or its gradient")
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
-            optimizer.step()
         self.step += 1
         self.batches_sha256 = batch.chained(self.batches_sha256)
         self.sums.loss += loss_sum

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ncn.errors import UserError
-from ncn.machine.files import disk_problem_in_one_line, read_json, write_json
+from ncn.machine.files import disk_problem_in_one_line, flat, read_json, write_json
 from ncn.training.run_folder import RunFolder
 
 _INSTALL = {"tensorboard": "pip install tensorboard", "trackio": "pip install trackio", "wandb": "pip install wandb"}
@@ -39,7 +39,7 @@ class Tracker:
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Log one line of metrics, nested names joined by slashes."""
-        values = _flat(line)
+        values = flat(line, "/")
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, line["step"])
@@ -77,13 +77,3 @@ def open_trackers(names: Sequence[str], run: RunFolder, step: int) -> Iterator[T
         yield tracker
     finally:
         tracker.close()
-
-
-def _flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in line.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}/")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -15,8 +15,8 @@ from ncn.data.prepare import prepare
 from ncn.experiments.domains.forgetting import SHARES, Curve, at_equal_level, shielding
 from ncn.experiments.domains.run import run_domains
 from ncn.experiments.domains.separation import STRETCHES, DomainRecord, distances, read_out
-from ncn.experiments.domains.texts import documents_of, equal, joined, make_domain_data, spread
-from ncn.statistics.seeds import difference
+from ncn.experiments.domains.texts import documents_of, equal, make_domain_data, spread
+from ncn.statistics.seeds import mean_over_seeds
 from ncn.training.run_folder import RunFolder
 
 
@@ -62,7 +62,7 @@ def test_equal_arms_are_not_told_apart() -> None:
         found = shielding(one, other)["1"]["difference"]
         wrong += not found["low"] <= 0 <= found["high"]
     assert wrong / 200 < 0.1
-    assert difference([0.2])["low"] is None
+    assert mean_over_seeds([0.2])["low"] is None
 
 
 def test_texts_are_equal_in_size_and_spread() -> None:
@@ -70,7 +70,6 @@ def test_texts_are_equal_in_size_and_spread() -> None:
     assert spread(documents, 200) == documents[::5]
     assert spread([(0, 500), (500, 520)], 40) == [(0, 20), (500, 520)]
     assert equal([documents, [(0, 25), (30, 55)]]) == [documents[:5], [(0, 25), (30, 55)]]
-    assert joined([(0, 5), (5, 9), (12, 13)]) == [(0, 9), (12, 13)]
 
 
 def plant(random: np.random.Generator, apart: float, count: int = 4000) -> DomainRecord:

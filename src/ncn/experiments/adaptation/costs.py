@@ -7,7 +7,6 @@ the base: its ratio says how large an error is.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from ncn.experiments.adaptation.lesson import Lesson, build_optimizer, train_step
+from ncn.machine.devices import synchronised_time
 from ncn.machine.stopping import Interrupted
 from ncn.retrofit.adapters import Adapted, Method
 from ncn.statistics.seeds import entry, intervals
@@ -84,9 +84,3 @@ def _ratio(values: Sequence[float], others: Sequence[float]) -> dict[str, Any]:
     logs = np.log(np.array(values[1:]) / np.array(others[1:]))
     found = entry(logs, intervals(logs))
     return {key: None if found[key] is None else float(np.exp(found[key])) for key in ("mean", "low", "high")}
-
-
-def synchronised_time(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from ncn.config.training import TrainConfig
 from ncn.core.operations.loss import IGNORED
 from ncn.data.dataset import TokenDataset
 from ncn.inference.document_losses import DocumentLosses, by_document
 from ncn.retrofit.adapters import Adapted
-from ncn.training.optimizers import learning_rate_factor
+from ncn.training.optimizers import build_adamw, learning_rate_factor, update
 
 TUNING_SEED = 0
 """The seed of the runs that choose the rates. The compared ones have seeds from 1."""
@@ -54,15 +55,14 @@ class Lesson:
         return F.cross_entropy(logits.float().flatten(0, 1), wanted, ignore_index=IGNORED, reduction="none")
 
 
-def build_optimizer(adapted: Adapted, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(adapted: Adapted, config: TrainConfig) -> Optimizer:
     """AdamW over what is trained."""
-    return torch.optim.AdamW(
-        adapted.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    return build_adamw([{"params": adapted.parameters}], config)
 
 
-def train_step(adapted: Adapted, optimizer: torch.optim.Optimizer, lesson: Lesson, step: int, factor: float) -> float:
-    """One step at `factor` times the learning rate; returns the loss before it, nats a token.
+def train_step(adapted: Adapted, optimizer: Optimizer, lesson: Lesson, step: int, factor: float) -> float:
+    """One step at `factor` times the learning rate; returns the loss before it, nats a token, NaN where the gradient is
+    not finite.
 
     The base stays in evaluation mode: its dropout would only be noise.
     """
@@ -70,12 +70,9 @@ def train_step(adapted: Adapted, optimizer: torch.optim.Optimizer, lesson: Lesso
     inputs, targets = lesson.data.batch(config.seed, step, config.batch_size, lesson.context)
     loss = lesson.losses(adapted, inputs, targets).sum() / (targets != IGNORED).sum()
     loss.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(adapted.parameters, config.clip)
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * factor
-    optimizer.step()
+    norm = update([optimizer], adapted.parameters, config.clip, factor)
     optimizer.zero_grad()
-    return loss.item()
+    return loss.item() if math.isfinite(norm) else math.nan
 
 
 def train_adapter(adapted: Adapted, lesson: Lesson, steps: int, after: Callable[[int], None]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ncn.statistics.seeds import difference
+from ncn.statistics.seeds import mean_over_seeds
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 """Of the gain that both models of a pair reach."""
@@ -72,7 +72,7 @@ def shielding(curves: Sequence[Curve], twins: Sequence[Curve]) -> dict[str, Any]
             "gain": share * float(np.mean(common)),
             "forgotten": float(own.mean()),
             "twin": float(other.mean()),
-            "difference": difference(own - other),
+            "difference": mean_over_seeds(own - other),
             "per_seed": (own - other).tolist(),
         }
     return found
@@ -95,7 +95,7 @@ def at_equal_level(curves: Sequence[Curve], twins: Sequence[Curve]) -> dict[str,
         "second": float(np.mean(levels)),
         "first": float(own.mean()),
         "twin": float(other.mean()),
-        "difference": difference(own - other),
+        "difference": mean_over_seeds(own - other),
     }
 
 

@@ -15,7 +15,7 @@ from ncn.experiments.domains.study import EQUAL_RATE, LABELS, STATIC, WITH_TASKS
 from ncn.lab.arms import NCN
 from ncn.machine.files import read_json, write_json
 from ncn.pages.page import origin, table, write_page
-from ncn.statistics.seeds import difference
+from ncn.statistics.seeds import mean_over_seeds
 
 
 def write_report(study: Study) -> list[Path]:
@@ -126,14 +126,14 @@ def gather(study: Study, curves: Mapping[str, Sequence[Curve]], same_rate: Seque
 
 
 def _against(values: Sequence[float], others: Sequence[float]) -> dict[str, float | None]:
-    return difference(np.array(values) - np.array(others))
+    return mean_over_seeds(np.array(values) - np.array(others))
 
 
 def _read_outs(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Mean accuracies over seeds, and how far the signals' lies above the tokens'."""
     values = {key: np.array([run[key] for run in found]) for key in ("signals", "tokens", "recent")}
     means = {key: float(accuracies.mean()) for key, accuracies in values.items()}
-    return means | {"difference": difference(values["signals"] - values["tokens"])}
+    return means | {"difference": mean_over_seeds(values["signals"] - values["tokens"])}
 
 
 def signed(found: Mapping[str, float | None], digits: int = 3) -> str:

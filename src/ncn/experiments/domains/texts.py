@@ -10,15 +10,12 @@ In each of the last three both domains have equally many tokens.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ncn.data.dataset import TokenDataset, check_same_tokenizer
-from ncn.data.subsets import write_part
+from ncn.data.subsets import Place, subset
 from ncn.errors import UserError
 from ncn.lab.texts import Splits
 
@@ -26,9 +23,6 @@ TUNING_SHARE = 0.05
 """Of each domain's documents, the last, are kept for tuning."""
 MOST_OF_A_DOCUMENT = 8
 """No document makes up more than an eighth of a domain's validation text, or than its share where there are fewer."""
-
-Place = tuple[int, int]
-"""Position of a document's first token in the stream, and the one after its last."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +72,7 @@ def make_domain_data(folder: Path, data: str | Path, valid: str | Path, *, measu
     made = {}
     for name, (source, domains) in parts.items():
         chosen = [place for domain in equal(domains) for place in domain]
-        _write(source, folder / name, chosen)
-        made[name] = TokenDataset.open(folder / name)
+        made[name] = subset(source, folder / name, chosen)
     first, second = whole.tasks
     return DomainData(
         (first, second), made["first"], made["second"], Splits(made["both"], made["tuning"], made["validation"])
@@ -88,9 +81,8 @@ def make_domain_data(folder: Path, data: str | Path, valid: str | Path, *, measu
 
 def documents_of(dataset: TokenDataset, task: str) -> list[Place]:
     """Where the documents of a task lie."""
-    bounds = itertools.pairwise([*dataset.document_starts().tolist(), dataset.tokens])
     tasks = dataset.document_tasks(dataset.tasks) == dataset.tasks.index(task)
-    return [place for place, chosen in zip(bounds, tasks, strict=True) if chosen]
+    return [place for place, chosen in zip(dataset.document_bounds(), tasks, strict=True) if chosen]
 
 
 def spread(documents: Sequence[Place], tokens: int) -> list[Place]:
@@ -118,29 +110,3 @@ def equal(domains: Sequence[Sequence[Place]]) -> list[list[Place]]:
 
 def _tokens(documents: Sequence[Place]) -> int:
     return sum(end - start for start, end in documents)
-
-
-def _write(source: TokenDataset, folder: Path, documents: Sequence[Place]) -> None:
-    decode = source.tokenizer().decode
-    starts = source.document_starts()
-    places = np.searchsorted(starts, [start for start, _ in documents])
-    sizes = [len(decode(source.read(start + 1, end - start - 1).tolist()).encode()) for start, end in documents]
-    write_part(
-        source,
-        folder,
-        joined(documents),
-        tasks=source.document_tasks(source.tasks)[places],
-        documents=len(documents),
-        text_bytes=sum(sizes),
-    )
-
-
-def joined(documents: Sequence[Place]) -> list[Place]:
-    """The same tokens in as few stretches as possible."""
-    stretches: list[Place] = []
-    for start, end in documents:
-        if stretches and stretches[-1][1] == start:
-            stretches[-1] = (stretches[-1][0], end)
-        else:
-            stretches.append((start, end))
-    return stretches

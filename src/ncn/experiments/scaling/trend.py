@@ -12,8 +12,8 @@ import numpy as np
 
 from ncn.errors import UserError
 from ncn.experiments.scaling.law import Array, Point, ScalingFit, fit_scaling_law
-from ncn.statistics.interval import LEVEL, Interval
-from ncn.statistics.seeds import student_quantile
+from ncn.statistics.interval import Interval
+from ncn.statistics.seeds import LEVEL, student_quantile
 
 FARTHEST = 10.0
 """Nothing is projected beyond this many times the largest compute that was run."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,10 +10,11 @@ from ncn.core.interface import LanguageModel
 from ncn.core.types import ControlInputs
 from ncn.data.dataset import TokenDataset
 from ncn.inference.reading import read_windows
+from ncn.statistics.resampling import with_interval
 from ncn.steering.attributes import DocumentSliders
 
-Array = npt.NDArray[np.float64]
 _RESAMPLES = 2000
+Array = npt.NDArray[np.float64]
 
 
 @torch.inference_mode()
@@ -44,13 +43,9 @@ def mean_loss(losses: dict[str, Array], kind: str) -> float:
     return float(losses[kind].sum() / losses["tokens"].sum())
 
 
-def difference(nats: Array, other: Array, tokens: Array) -> dict[str, Any]:
+def difference(nats: Array, other: Array, tokens: Array) -> dict[str, float]:
     """Nats a token of one minus the other over the same windows, with a 95 % interval over windows."""
     generator = np.random.Generator(np.random.PCG64(0))
     draws = generator.integers(len(nats), size=(_RESAMPLES, len(nats)))
     resampled = (nats - other)[draws].sum(1) / tokens[draws].sum(1)
-    return {
-        "value": float((nats - other).sum() / tokens.sum()),
-        "low": float(np.quantile(resampled, 0.025)),
-        "high": float(np.quantile(resampled, 0.975)),
-    }
+    return with_interval(float((nats - other).sum() / tokens.sum()), resampled)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ncn.statistics.resampling import with_interval
+
 SETTINGS = tuple(number / 6 for number in range(7))
 _RESAMPLES = 400
 Array = npt.NDArray[np.float64]
@@ -33,9 +35,9 @@ def describe(name: str, attributes: Sequence[str], ranks: Array, corpus: Mapping
         attribute: spearman(settings, ranks[row]) for row, attribute in enumerate(attributes) if attribute != name
     }
     return {
-        "spearman": {"value": obedience, **interval(resampled_spearman(own))},
+        "spearman": with_interval(obedience, resampled_spearman(own)),
         "spearman_of_means": spearman(np.array(SETTINGS), own.mean((0, 2))),
-        "slope": {"value": _slope(settings, own), **interval(_resampled(own, _slope))},
+        "slope": with_interval(_slope(settings, own), _resampled(own, _slope)),
         "leakage": {
             attribute: {"value": value, "beyond_corpus": value - obedience * corpus[attribute]}
             for attribute, value in leakage.items()
@@ -61,10 +63,6 @@ def resampled_spearman(own: Array) -> Array:
     """The correlation of slider and attribute over and over, each time with other prompts; the same ones every time
     this is asked, so that two models on the same prompts are compared by subtracting."""
     return _resampled(own, spearman)
-
-
-def interval(resampled: Array) -> dict[str, float]:
-    return {"low": float(np.quantile(resampled, 0.025)), "high": float(np.quantile(resampled, 0.975))}
 
 
 def distinct(stories: Sequence[Sequence[int]], size: int, tokens: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -54,8 +53,7 @@ class Plan:
     """The documents whose beginnings are the prompts, with their separators."""
 
     def __post_init__(self) -> None:
-        bounds = [*self.data.document_starts().tolist(), self.data.tokens]
-        long = [(a, b) for a, b in itertools.pairwise(bounds) if b - a > PROMPT_TOKENS]
+        long = [(start, end) for start, end in self.data.document_bounds() if end - start > PROMPT_TOKENS]
         if len(long) < self.prompts:
             raise UserError(f"{self.prompts} prompts were asked for, and the data has {len(long)} documents that long")
         chosen = long[:: len(long) // self.prompts][: self.prompts]

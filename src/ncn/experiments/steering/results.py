@@ -11,10 +11,11 @@ import torch
 
 from ncn.core.interface import LanguageModel
 from ncn.experiments.steering.losses import difference, mean_loss
-from ncn.experiments.steering.obedience import SETTINGS, describe, distinct, interval, resampled_spearman, spearman
+from ncn.experiments.steering.obedience import SETTINGS, describe, distinct, resampled_spearman, spearman
 from ncn.experiments.steering.plan import DISTINCT, DISTINCT_TOKENS, PROMPT_TOKENS, Array, Arrays, Plan
 from ncn.inference.evaluate import bits_per_byte
 from ncn.machine.environment import describe_environment
+from ncn.statistics.resampling import with_interval
 from ncn.steering.attributes import DocumentSliders
 
 
@@ -65,7 +66,7 @@ def summarise(
                 reference = _ranks(answers[first, index, guidance])[row]
                 draws = resampled_spearman(reference) - resampled_spearman(ranks[row])
                 value = found[first]["sliders"][name][f"{guidance:g}"]["spearman"]["value"]
-                described["first_minus_this"] = {"value": value - described["spearman"]["value"], **interval(draws)}
+                described["first_minus_this"] = with_interval(value - described["spearman"]["value"], draws)
             found[label]["sliders"].setdefault(name, {})[f"{guidance:g}"] = described
     return {
         "format": 3,
