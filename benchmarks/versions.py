@@ -31,8 +31,8 @@ PROMPT, NEW = 16, 48
 def measure(
     other: Path, rounds: int = 30, warmup: int = 3, only: Sequence[str] | None = None
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yield, work by work, its name, the ratio of the two checkouts as in `measure.ratio`, and the milliseconds that this
-    one takes at best. `only` names some of `WORKS` and `STARTS`."""
+    """Yield, work by work, its name, the ratio of the two checkouts as in `measure.ratio`, and the milliseconds that
+    this one takes at best. `only` names some of `WORKS` and `STARTS`."""
     checkouts = {"this": ROOT, "other": other}
     with ExitStack() as stack:
         asked = [name for name in WORKS if only is None or name in only]
