@@ -1,4 +1,4 @@
-"""Experiments: an A/B of the modulated model against its controls."""
+"""`ncn ab`: an A/B of the modulated model against its controls."""
 
 from __future__ import annotations
 
@@ -8,19 +8,32 @@ from typing import Annotated
 
 import typer
 
-from ncn.cli.app import app, fail, parse_count
-from ncn.config.presets import presets
+from ncn.cli.app import (
+    DEFAULT_DATA,
+    DEFAULT_VALID,
+    DataOption,
+    JobsOption,
+    LauncherOption,
+    PresetOption,
+    RecipeFileOption,
+    SharedSettings,
+    ValidOption,
+    app,
+    check_launcher,
+    parse_count,
+    parse_names,
+    recipe_source,
+    stoppable,
+)
 from ncn.errors import UserError
 
 
 @app.command()
 def ab(
     out: Annotated[Path, typer.Option(help="Folder of the experiment.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="Settings to change in all arms, as for `ncn train`.")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(presets())}. [default: mini]")] = None,
-    config: Annotated[Path | None, typer.Option(help="Or a recipe file, YAML or JSON.")] = None,
+    settings: SharedSettings = None,
+    preset: PresetOption = None,
+    config: RecipeFileOption = None,
     seeds: Annotated[int, typer.Option(help="Runs of each arm.")] = 5,
     tokens: Annotated[
         str | None, typer.Option(help="Tokens of a run, such as 200k or 3.3M. [default: recipe's]")
@@ -38,48 +51,40 @@ def ab(
             help="A further arm: the NCN with changed settings, such as deep:controller.taps=[0,2]. May be repeated.",
         ),
     ] = None,
-    data: Annotated[
-        str, typer.Option(help="Dataset folder, or any source that `ncn prepare` reads.")
-    ] = "tinystories-sample",
-    valid: Annotated[str, typer.Option(help="The same, to measure on.")] = "tinystories-sample-valid",
+    data: DataOption = DEFAULT_DATA,
+    valid: ValidOption = DEFAULT_VALID,
     eval_tokens: Annotated[
         str | None,
         typer.Option(help="About how much of --valid to measure on. [default: as much as a run is trained on]"),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs at once; default: one a core, or one a device.")] = None,
-    launcher: Annotated[str, typer.Option(help="local, or ray: the runs go to a Ray cluster.")] = "local",
+    jobs: JobsOption = None,
+    launcher: LauncherOption = "local",
 ) -> None:
     """Compare the modulated model with its controls at equal size, on the same batches, each at its best learning rate.
 
     The same command again goes on where an interrupted one stopped.
     """
-    if preset and config:
-        raise UserError("give --preset or --config, not both; a recipe file may itself hold `preset: NAME`")
-    if launcher not in ("local", "ray"):
-        raise UserError(f"unknown launcher {launcher!r}; launchers: local, ray")
+    source, chosen_launcher = recipe_source(preset, config), check_launcher(launcher)
     from ncn.experiments.ab.run import run_ab
-    from ncn.machine.stopping import Interrupted
 
     changes = [*(settings or [])]
     if tokens is not None:
         changes.append(f"train.tokens={parse_count(tokens)}")
-    try:
+    with stoppable():
         report = run_ab(
             out,
-            preset=config or preset or "mini",
+            preset=source or "mini",
             settings=changes,
             seeds=seeds,
             tune_tokens=None if tune_tokens is None else parse_count(tune_tokens),
-            arms=None if arms is None else [name.strip() for name in arms.split(",") if name.strip()],
+            arms=None if arms is None else parse_names(arms),
             variants=dict(parse_variant(text) for text in variant or []),
             data=data,
             valid=valid,
             eval_tokens=None if eval_tokens is None else parse_count(eval_tokens),
-            launcher=launcher,  # type: ignore[arg-type]  # one of the two
+            launcher=chosen_launcher,
             workers=jobs,
         )
-    except Interrupted as stop:
-        fail(f"{stop}; to go on, give the same command again", 130)
     print(f"\n{report.sentence}")
     for warning in report.warnings:
         print(f"take care: {warning}")

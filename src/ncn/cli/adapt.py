@@ -1,4 +1,4 @@
-"""A controller on a base, beside the usual adapters."""
+"""`ncn adapt`: a controller on a base, beside the usual adapters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ncn.cli.app import app, fail, parse_count
+from ncn.cli.app import app, parse_count, parse_names, stoppable
 
 
 @app.command()
@@ -39,23 +39,20 @@ def adapt(
     where an interrupted one stopped.
     """
     from ncn.experiments.adaptation.run import run_adaptation
-    from ncn.machine.stopping import Interrupted
 
-    try:
+    with stoppable():
         report = run_adaptation(
             base,
             out,
             data=data,
             valid=valid,
             old=old,
-            methods=[name.strip() for name in methods.split(",") if name.strip()],
+            methods=parse_names(methods),
             settings=[f"tokens={parse_count(tokens)}", *(settings or [])],
             seeds=seeds,
             rank=rank,
             eval_tokens=parse_count(eval_tokens),
         )
-    except Interrupted as stop:
-        fail(f"{stop}; to go on, give the same command again", 130)
     print(f"\n{report.sentence}")
     for path in report.files:
         print(path)

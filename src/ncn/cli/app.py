@@ -1,23 +1,28 @@
-"""The command's frame: how it ends when something is wrong, and what several verbs share."""
+"""The command's frame: how it ends when something is wrong or stopped, and the options and words that verbs share."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, cast, get_args, get_origin
 
 import typer
 
 from ncn.config.model import ControllerConfig, NCNConfig
+from ncn.config.presets import presets
 from ncn.config.training import TrainConfig
 from ncn.errors import UserError
 from ncn.machine.memory import keep_freed_memory
+from ncn.machine.stopping import Interrupted
 
 if TYPE_CHECKING:
     from ncn.data.dataset import TokenDataset
     from ncn.data.tokenizer import Tokenizer
+    from ncn.lab.fleet import Launcher
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +33,18 @@ app = typer.Typer(
 )
 
 DEFAULT_MODEL = "stories-mini"
+DEFAULT_DATA, DEFAULT_VALID = "tinystories-sample", "tinystories-sample-valid"
+_WRONG, _INTERRUPTED = 1, 130
+"""Exit statuses: the user can mend it; stopped, with everything saved."""
+
+ModelArgument = Annotated[str, typer.Argument(help="Run folder, saved folder, bundled model or hub name.")]
+PresetOption = Annotated[str | None, typer.Option(help=f"One of {', '.join(presets())}. [default: mini]")]
+RecipeFileOption = Annotated[Path | None, typer.Option(help="Or a recipe file, YAML or JSON.")]
+DataOption = Annotated[str, typer.Option(help="Dataset folder, or any source that `ncn prepare` reads.")]
+ValidOption = Annotated[str, typer.Option(help="The same, to measure on.")]
+JobsOption = Annotated[int | None, typer.Option(help="Runs at once; default: one a core, or one a device.")]
+LauncherOption = Annotated[str, typer.Option(help="local, or ray: the runs go to a Ray cluster.")]
+SharedSettings = Annotated[list[str] | None, typer.Argument(help="Settings to change in all arms, as for `ncn train`.")]
 
 
 def main() -> None:
@@ -40,14 +57,23 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        fail(f"error: {error}", 1)
+        _end(f"error: {error}", _WRONG)
     except OSError as error:  # a folder that cannot be written to, a full disk, ...
-        fail(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+        _end(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", _WRONG)
 
 
-def fail(message: str, status: int) -> NoReturn:
+def _end(message: str, status: int) -> NoReturn:
     print(message, file=sys.stderr)
     sys.exit(status)
+
+
+@contextmanager
+def stoppable(how: str = "give the same command again") -> Iterator[None]:
+    """Context for work that saves itself when it is stopped: the command then says `how` to go on, and ends."""
+    try:
+        yield
+    except Interrupted as stop:
+        _end(f"{stop}; to go on, {how}", _INTERRUPTED)
 
 
 def describe_settings() -> str:
@@ -102,6 +128,25 @@ def open_dataset(data: str, tokenizer: Tokenizer, into: Path) -> TokenDataset:
         tokenizer.save(Path(scratch))
         prepare([data], into, tokenizer=scratch, progress=True)
     return TokenDataset.open(into)
+
+
+def recipe_source(preset: str | None, config: Path | None) -> str | Path | None:
+    """The preset or the recipe file that is asked for, if one is; raises `UserError` for both."""
+    if preset and config:
+        raise UserError("give --preset or --config, not both; a recipe file may itself hold `preset: NAME`")
+    return config or preset
+
+
+def check_launcher(name: str) -> Launcher:
+    """Raises `UserError` for an unknown one."""
+    if name not in ("local", "ray"):
+        raise UserError(f"unknown launcher {name!r}; launchers: local, ray")
+    return cast("Launcher", name)
+
+
+def parse_names(text: str) -> list[str]:
+    """Names with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def format_size(count: int) -> str:

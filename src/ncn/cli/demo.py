@@ -1,4 +1,4 @@
-"""The demonstration."""
+"""`ncn demo`: the demonstration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ncn.cli.app import app, fail
+from ncn.cli.app import app, stoppable
 
 
 @app.command()
@@ -17,12 +17,9 @@ def demo(
 ) -> None:
     """Train `mini` and its static twin on the bundled stories, compare them, tell a story, draw a brain scan."""
     from ncn.experiments.demo.run import run_demo
-    from ncn.machine.stopping import Interrupted
 
-    try:
+    with stoppable():
         result = run_demo(out, overrides=tuple(settings or []))
-    except Interrupted as stop:
-        fail(f"{stop}; to go on, give the same command again", 130)
     print(f"\n{'':28s}{'parameters':>12s}{'loss':>9s}{'perplexity':>12s}{'bits/byte':>11s}{'seconds':>9s}")
     for name, label in (("ncn", "with controller"), ("twin", "static twin")):
         arm = result.arms[name]

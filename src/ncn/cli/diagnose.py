@@ -1,4 +1,4 @@
-"""The statistics of the control signals."""
+"""`ncn diagnose`: the statistics of the control signals."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from typing import Annotated
 
 import typer
 
-from ncn.cli.app import DEFAULT_MODEL, app, open_dataset
+from ncn.cli.app import DEFAULT_MODEL, DEFAULT_VALID, DataOption, ModelArgument, app, open_dataset
 
 
 @app.command()
 def diagnose(
-    model: Annotated[str, typer.Argument(help="Run folder, saved folder, bundled model or hub name.")] = DEFAULT_MODEL,
-    data: Annotated[
-        str, typer.Option(help="Dataset folder, or any source that `ncn prepare` reads.")
-    ] = "tinystories-sample-valid",
+    model: ModelArgument = DEFAULT_MODEL,
+    data: DataOption = DEFAULT_VALID,
     out: Annotated[Path, typer.Option(help="Folder for the page, its figures and the numbers.")] = Path("diagnosis"),
     max_tokens: Annotated[
         int | None, typer.Option(help="About how many tokens to read, spread over the documents. [default: 32768]")

@@ -1,4 +1,4 @@
-"""`ncn generate`."""
+"""`ncn generate`: going on with a prompt, perhaps with sliders, a task or an instruction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verbs for one model: prepare its text, train it, use it, look at it."""
+"""`ncn evaluate`, `ncn scan` and `ncn info`: looking at one model."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ import typer
 
 from ncn.cli.app import (
     DEFAULT_MODEL,
+    DEFAULT_VALID,
+    DataOption,
+    ModelArgument,
     app,
     format_size,
     model_and_text,
     open_dataset,
     read_text,
 )
-from ncn.cli.train import OPTIMIZERS
 from ncn.config.presets import presets
 from ncn.config.recipe import Recipe
 from ncn.errors import UserError
 
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for the layers' matrices, AdamW for the rest"}
+
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Run folder, saved folder, bundled model or hub name.")] = DEFAULT_MODEL,
-    data: Annotated[
-        str, typer.Option(help="Dataset folder, or any source that `ncn prepare` reads.")
-    ] = "tinystories-sample-valid",
+    model: ModelArgument = DEFAULT_MODEL,
+    data: DataOption = DEFAULT_VALID,
     context: Annotated[int | None, typer.Option(help="Window in tokens; default: the model's context.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Stop after this many tokens.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")] = None,
@@ -133,7 +135,7 @@ def info(
     print(f"training      {3 * total_flops / 1e6:,.1f} MFLOPs a token (forward and backward, at a full context)")
     weights = found.weight_bytes
     print(f"weights       {format_size(weights)} in float32, {format_size(weights // 2)} in bfloat16")
-    print(f"optimiser     {format_size(found.optimizer_bytes)} ({OPTIMIZERS[optimizer]})")
+    print(f"optimiser     {format_size(found.optimizer_bytes)} ({_OPTIMIZERS[optimizer]})")
     print(f"cache         {format_size(cache)} a sequence at full context, float32")
 
 

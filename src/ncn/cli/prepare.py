@@ -1,4 +1,4 @@
-"""`ncn prepare`."""
+"""`ncn prepare`: text into a dataset folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of an experiment."""
+"""`ncn report`: the report of an A/B."""
 
 from __future__ import annotations
 

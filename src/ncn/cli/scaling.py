@@ -1,4 +1,4 @@
-"""Verbs for how a loss falls with tokens and with size."""
+"""`ncn efficiency` and `ncn scale`: how a loss falls with tokens and with size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from ncn.cli.app import app, fail
+from ncn.cli.app import (
+    DEFAULT_DATA,
+    DEFAULT_VALID,
+    DataOption,
+    JobsOption,
+    LauncherOption,
+    RecipeFileOption,
+    ValidOption,
+    app,
+    check_launcher,
+    parse_count,
+    recipe_source,
+    stoppable,
+)
 from ncn.config.recipe import Recipe
 from ncn.errors import UserError
 
@@ -49,21 +62,19 @@ def scale(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the ladder; not needed with --plan.")] = None,
     preset: Annotated[str | None, typer.Option(help="Preset that every size is made from. [default: mini]")] = None,
-    config: Annotated[Path | None, typer.Option(help="Or a recipe file, YAML or JSON.")] = None,
+    config: RecipeFileOption = None,
     sizes: Annotated[
         str, typer.Option(help="Widths, such as 64, each a layer deep for every 32, or width and depth, such as 64x3.")
     ] = SIZES,
     budgets: Annotated[str, typer.Option(help="Tokens of the runs; every size is run with each.")] = "250k,500k,1M",
     seeds: Annotated[int, typer.Option(help="Runs in every place of the ladder.")] = 1,
-    data: Annotated[
-        str, typer.Option(help="Dataset folder, or any source that `ncn prepare` reads.")
-    ] = "tinystories-sample",
-    valid: Annotated[str, typer.Option(help="The same, to measure on.")] = "tinystories-sample-valid",
+    data: DataOption = DEFAULT_DATA,
+    valid: ValidOption = DEFAULT_VALID,
     also: Annotated[
         list[Path] | None, typer.Option(help="A finished ladder on the same text, to join the fit. May be repeated.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs at once; default: one a core, or one a device.")] = None,
-    launcher: Annotated[str, typer.Option(help="local, or ray: the runs go to a Ray cluster.")] = "local",
+    jobs: JobsOption = None,
+    launcher: LauncherOption = "local",
     plan: Annotated[bool, typer.Option("--plan", help="Only say what the full ladder to 1 B would cost.")] = False,
     teraflops: Annotated[float, typer.Option(help="With --plan: peak TFLOP/s of a device.")] = 989.0,
     utilisation: Annotated[float, typer.Option(help="With --plan: the share of the peak that is reached.")] = 0.4,
@@ -74,26 +85,22 @@ def scale(
 
     The same command again goes on where an interrupted one stopped.
     """
-    if preset and config:
-        raise UserError("give --preset or --config, not both; a recipe file may itself hold `preset: NAME`")
-    from ncn.cli.app import parse_count
-
+    source, chosen_launcher = recipe_source(preset, config) or "mini", check_launcher(launcher)
     tokens = [parse_count(part) for part in budgets.split(",")]
     if plan:
         if min(teraflops, utilisation, memory, days) <= 0 or utilisation > 1:
             raise UserError("--teraflops, --memory and --days must be above 0, and --utilisation between 0 and 1")
         device = {"teraflops": teraflops, "utilisation": utilisation, "memory_gb": memory, "days": days}
-        _print_plan(config or preset or "mini", settings or [], sizes, tokens, seeds, device)
+        _print_plan(source, settings or [], sizes, tokens, seeds, device)
         return
     if out is None:
         raise UserError("name the folder of the ladder with --out; or see what it would cost with --plan")
     from ncn.experiments.scaling.run import run_scale
-    from ncn.machine.stopping import Interrupted
 
-    try:
+    with stoppable():
         files = run_scale(
             out,
-            preset=config or preset or "mini",
+            preset=source,
             settings=settings or [],
             sizes=sizes,
             budgets=tokens,
@@ -101,11 +108,9 @@ def scale(
             data=data,
             valid=valid,
             also=also or [],
-            launcher=launcher,  # type: ignore[arg-type]  # checked there
+            launcher=chosen_launcher,
             workers=jobs,
         )
-    except Interrupted as stop:
-        fail(f"{stop}; to go on, give the same command again", 130)
     from ncn.machine.files import read_json
 
     print()

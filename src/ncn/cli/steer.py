@@ -1,4 +1,4 @@
-"""What sliders do."""
+"""`ncn steer`: what sliders do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ncn.cli.app import app, open_dataset
+from ncn.cli.app import DEFAULT_VALID, app, open_dataset
 
 if TYPE_CHECKING:
     from ncn.data.dataset import TokenDataset
@@ -22,7 +22,7 @@ def steer(
         typer.Option(
             help="Held-out dataset folder made by `ncn prepare --attributes`, or any source that `ncn prepare` reads."
         ),
-    ] = "tinystories-sample-valid",
+    ] = DEFAULT_VALID,
     out: Annotated[
         Path, typer.Option(help="Folder for the page, its figures, the numbers, and what is measured so far.")
     ] = Path("steering"),

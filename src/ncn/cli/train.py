@@ -1,4 +1,4 @@
-"""`ncn train`."""
+"""`ncn train`: training one model, or going on with it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ncn.cli.app import app, describe_settings, fail
-from ncn.config.presets import presets
+from ncn.cli.app import PresetOption, RecipeFileOption, app, describe_settings, recipe_source, stoppable
 from ncn.config.recipe import Recipe
-from ncn.errors import UserError
-
-OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for the layers' matrices, AdamW for the rest"}
 
 
 @app.command(epilog=describe_settings())
@@ -22,8 +18,8 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Argument(help="Settings to change, such as learning_rate=3e-3 controller.taps=[0,2].")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(presets())}. [default: mini]")] = None,
-    config: Annotated[Path | None, typer.Option(help="Or a recipe file, YAML or JSON.")] = None,
+    preset: PresetOption = None,
+    config: RecipeFileOption = None,
     base: Annotated[
         str | None,
         typer.Option(help="Train a controller on this transformers model, a folder or hub name; it does not change."),
@@ -38,8 +34,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, bit for bit.")] = False,
 ) -> None:
     """Train a model. Ctrl-C saves the state and says how to go on."""
-    if preset and config:
-        raise UserError("give --preset or --config, not both; a recipe file may itself hold `preset: NAME`")
+    source = recipe_source(preset, config)
     changes = [*(settings or [])]
     changes += ["model.controller=null"] if baseline else []
     changes += ["train.compile=true"] if compile_model else []
@@ -48,22 +43,20 @@ def train(
     if base:
         from ncn.retrofit.model import retrofit_recipe
 
-        recipe = retrofit_recipe(base, changes, Recipe.read(source) if (source := config or preset or begun) else None)
+        source = source or begun
+        recipe = retrofit_recipe(base, changes, Recipe.read(source) if source else None)
     else:
-        recipe = Recipe.read(source := config or preset or begun or "mini")
-        if start and source == "mini" and not preset:
+        recipe = Recipe.read(source or begun or "mini")
+        if start and not (source or begun):
             from ncn.models.saved import find, read_config
 
             recipe = recipe.model_copy(update={"model": read_config(find(start))})
         recipe = recipe.with_settings(changes)
     from ncn.machine.files import flat
-    from ncn.machine.stopping import Interrupted
     from ncn.training.train import train as run
 
-    try:
+    with stoppable("give the same command with --resume"):
         summary = run(recipe, data, out, valid=valid, start=start, resume=resume)
-    except Interrupted as stop:
-        fail(f"{stop}; to go on, give the same command with --resume", 130)
     for key, value in flat(summary).items():
         text = f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
         print(f"{key:26s} {text}")
