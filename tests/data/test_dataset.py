@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ncn.data.dataset import NO_TARGET, TokenDataset
+from ncn.config.training import IGNORED
+from ncn.data.dataset import TokenDataset
 from ncn.data.manifest import Manifest, Request, ShardRecord, token_dtype
 from ncn.data.prepare import prepare
 from ncn.data.tokenizer import Tokenizer
@@ -68,7 +69,7 @@ def test_every_token_is_a_target_once_an_epoch(sizes: list[int], context: int, s
     with TemporaryDirectory() as folder:
         dataset = write_dataset(Path(folder), sizes)
         inputs, targets = epoch_rows(dataset, seed, epoch, context)
-        kept = targets != NO_TARGET
+        kept = targets != IGNORED
         assert sorted(targets[kept].tolist()) == list(range(dataset.tokens))
         assert torch.equal((inputs[kept] + 1) % dataset.tokens, targets[kept])
         # A window is consecutive tokens of the circle, the masked end included.
@@ -87,7 +88,7 @@ def test_windows_cover_the_file_once_and_in_order(sizes: list[int], context: int
         batches = list(dataset.windows(context, batch_size))
         targets = torch.cat([batch.targets for batch in batches])
         inputs = torch.cat([batch.inputs for batch in batches])
-        kept = targets != NO_TARGET
+        kept = targets != IGNORED
         assert targets[kept].tolist() == list(range(1, dataset.tokens))
         assert inputs[kept].tolist() == list(range(dataset.tokens - 1))
         assert all(len(batch.inputs) == batch_size for batch in batches[:-1])
@@ -133,7 +134,7 @@ def test_batches_run_on_over_the_border_of_an_epoch(dataset: TokenDataset) -> No
     rows = torch.cat([dataset.batch(2, step, 4, 8).targets for step in range(windows)])
     for epoch in range(4):
         targets = rows[epoch * windows : (epoch + 1) * windows]
-        assert Counter(targets[targets != NO_TARGET].tolist()) == Counter(range(dataset.tokens))
+        assert Counter(targets[targets != IGNORED].tolist()) == Counter(range(dataset.tokens))
 
 
 def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path: Path) -> None:

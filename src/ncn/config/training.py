@@ -8,6 +8,9 @@ from pydantic import Field
 
 from ncn.config.settings import Settings
 
+IGNORED = -100
+"""The target of a position that has none; as in torch and transformers."""
+
 
 class TrainConfig(Settings):
     """How a model is trained. Everything that changes the result is here, and nothing else is."""

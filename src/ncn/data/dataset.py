@@ -19,13 +19,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from ncn.config.training import IGNORED
 from ncn.data.manifest import MANIFEST, Manifest, token_dtype
 from ncn.data.tokenizer import Tokenizer
 from ncn.errors import UserError
 from ncn.machine.files import file_sha256
-
-NO_TARGET = -100
-"""Marks a position without a target; `torch.nn.functional.cross_entropy` leaves it out by default."""
 
 _READ_BLOCK = 1 << 24
 
@@ -270,7 +268,7 @@ def _to_batch(rows: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> Bat
     """Inputs and targets from rows of context + 1 tokens, each with targets at its first `counts` positions."""
     targets = rows[:, 1:].copy()
     for row in np.flatnonzero(counts < targets.shape[1]):
-        targets[row, counts[row] :] = NO_TARGET
+        targets[row, counts[row] :] = IGNORED
     return Batch(torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(targets))
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ncn.config.signals import SIGNALS
+from ncn.config.training import IGNORED
 from ncn.core.interface import LanguageModel
-from ncn.core.operations.loss import IGNORED
 from ncn.core.signals.table import Frozen, range_map
 from ncn.core.types import TokenIds
 from ncn.errors import UserError

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ncn.core.operations.loss import IGNORED
+from ncn.config.training import IGNORED
 from ncn.data.dataset import TokenDataset
 from ncn.diagnosis.readers import Reader
 from ncn.errors import UserError

@@ -22,9 +22,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ncn.config.model import MODEL_TYPE, NCNConfig, standard_fields
+from ncn.config.training import IGNORED
 from ncn.core.interface import LanguageModel
 from ncn.core.model import ModulatedTransformer
-from ncn.core.operations.loss import IGNORED
 from ncn.core.signals.table import homeostatic_loss
 from ncn.core.types import ControlInputs
 from ncn.hf.cache import HostedCache

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
+from ncn.config.training import IGNORED
 from ncn.core.interface import LanguageModel
-from ncn.core.operations.loss import IGNORED
 from ncn.data.dataset import Batch, TokenDataset
 from ncn.errors import UserError
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ncn.config.recipe import Recipe
-from ncn.config.training import TrainConfig
+from ncn.config.training import IGNORED, TrainConfig
 from ncn.core.interface import LanguageModel
-from ncn.core.operations.loss import IGNORED
 from ncn.core.signals.statistics import controller_problem, signal_statistics
 from ncn.core.types import ControlInputs
 from ncn.data.dataset import Batch, TokenDataset

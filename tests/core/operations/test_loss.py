@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncn.core.operations.loss import IGNORED, chunked_cross_entropy, token_losses
+from ncn.config.training import IGNORED
+from ncn.core.operations.loss import chunked_cross_entropy, token_losses
 
 POSITIONS, WIDTH, VOCABULARY = 37, 8, 29
 

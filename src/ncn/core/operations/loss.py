@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORED = -100
-"""Target that means "no target here"."""
+from ncn.config.training import IGNORED
 
 
 def chunked_cross_entropy(

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from ncn.config.training import TrainConfig
-from ncn.core.operations.loss import IGNORED
+from ncn.config.training import IGNORED, TrainConfig
 from ncn.data.dataset import TokenDataset
 from ncn.inference.document_losses import DocumentLosses, by_document
 from ncn.retrofit.adapters import Adapted
