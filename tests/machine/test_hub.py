@@ -117,7 +117,8 @@ def test_a_base_and_its_tokenizer_a_model_and_a_controller_by_name(hub: Path) ->
     pytest.importorskip("transformers")
     import ncn
     from ncn.models.saved import save_model
-    from ncn.retrofit.model import RetrofittedModel, retrofit_recipe
+    from ncn.retrofit.model import RetrofittedModel
+    from ncn.retrofit.recipe import retrofit_recipe
     from retrofits import base
 
     tokenizer = Tokenizer.train(["the cat sat on the mat", "a dog ran"] * 4, 270)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import ncn
-from ncn.retrofit.model import build_retrofitted, retrofit_recipe
+from ncn.retrofit.loading import build_retrofitted
+from ncn.retrofit.recipe import retrofit_recipe
 from retrofits import base, ids, wake
 
 pytestmark = pytest.mark.xdist_group("transformers")

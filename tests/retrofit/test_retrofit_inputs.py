@@ -15,7 +15,8 @@ from ncn import UserError
 from ncn.data.tokenizer import Tokenizer
 from ncn.inference.decoding import Decoder, Request, generate_tokens, write
 from ncn.inference.sampling import Sampling
-from ncn.retrofit.model import RetrofittedModel, _shape
+from ncn.retrofit.bases import shape_of
+from ncn.retrofit.model import RetrofittedModel
 from retrofits import MODELS, attached, base, ids
 
 pytestmark = pytest.mark.xdist_group("transformers")
@@ -205,7 +206,7 @@ def test_a_saved_controller_keeps_its_inputs(tmp_path: Any) -> None:
 
 def in_our_manners(name: str = "llama") -> RetrofittedModel:
     model, handle = steered(name)
-    config = ncn.NCNConfig.parse(_shape(model.config)).override(controller=handle.config)
+    config = ncn.NCNConfig.parse(shape_of(model.config)).override(controller=handle.config)
     return RetrofittedModel(handle, config, name).eval()
 
 

@@ -18,7 +18,8 @@ from ncn.data.prepare import prepare
 from ncn.diagnosis.readers import reader_of
 from ncn.inference.evaluate import evaluate
 from ncn.inference.generate import generate
-from ncn.retrofit.model import RetrofittedModel, retrofit_recipe
+from ncn.retrofit.model import RetrofittedModel
+from ncn.retrofit.recipe import retrofit_recipe
 from ncn.scans.recording import scan
 from ncn.steering.attributes import write_attributes
 from ncn.training.train import train

@@ -41,7 +41,7 @@ def train(
     # A run that is resumed without further words goes on with its own recipe.
     begun = out / "config.json" if resume and (out / "config.json").is_file() else None
     if base:
-        from ncn.retrofit.model import retrofit_recipe
+        from ncn.retrofit.recipe import retrofit_recipe
 
         source = source or begun
         recipe = retrofit_recipe(base, changes, Recipe.read(source) if source else None)

@@ -55,7 +55,7 @@ def load(name_or_path: str | Path, *, dtype: torch.dtype | None = torch.float32)
     """
     folder = find(name_or_path)
     if (folder / CONTROLLER).is_file():
-        from ncn.retrofit.model import load_retrofitted
+        from ncn.retrofit.loading import load_retrofitted
 
         return load_retrofitted(folder)
     model = load_model(folder, dtype=dtype)

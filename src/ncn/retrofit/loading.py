@@ -1,4 +1,4 @@
-"""A saved controller back on its base."""
+"""A controller on its base: a saved one put back, and a new one for training."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from ncn.config.model import CONTROLLER, ControllerConfig
+from ncn.config.model import CONTROLLER, ControllerConfig, NCNConfig
+from ncn.config.recipe import Recipe
+from ncn.data.tokenizer import Tokenizer
 from ncn.errors import UserError
 from ncn.machine.files import read_json
 from ncn.retrofit.attach import AttachedController, attach
+from ncn.retrofit.bases import load_base, shape_of
 from ncn.retrofit.families import Family
 from ncn.retrofit.files import WEIGHTS, WORDS, describe_base
+from ncn.retrofit.model import RetrofittedModel
 
 
 def load_controller(
@@ -60,3 +64,24 @@ def load_controller(
         handle.detach()
         raise UserError(f"{folder / WEIGHTS} does not hold the controller that {CONTROLLER} describes") from None
     return handle
+
+
+def load_retrofitted(folder: Path) -> tuple[RetrofittedModel, Tokenizer]:
+    """A controller with the base that it was trained on, and the tokenizer. Raises `UserError` where they are gone."""
+    place = read_json(folder / CONTROLLER).get("base_name")
+    if not isinstance(place, str):
+        raise UserError(f"{folder} does not say where its base is; load the base, then ncn.load_controller(base, path)")
+    base = load_base(place)
+    handle = load_controller(base, folder)
+    tokenizer = Tokenizer.load(folder)
+    shape = NCNConfig.parse(shape_of(base.config) | {"separator_id": tokenizer.separator_id})
+    return RetrofittedModel(handle, shape.override(controller=handle.config), place).eval(), tokenizer
+
+
+def build_retrofitted(recipe: Recipe, device: torch.device) -> RetrofittedModel:
+    """The base of a recipe with a new controller on it."""
+    assert recipe.base is not None
+    assert recipe.model.controller is not None
+    base = load_base(recipe.base)
+    base.to(device)  # type: ignore[arg-type]
+    return RetrofittedModel(attach(base, recipe.model.controller), recipe.model, recipe.base)

@@ -36,7 +36,7 @@ def fit_to_data(recipe: Recipe, dataset: TokenDataset) -> Recipe:
     if recipe.base is None:
         changes["vocab_size"] = dataset.vocab_size
     else:
-        from ncn.retrofit.model import check_base_tokenizer
+        from ncn.retrofit.recipe import check_base_tokenizer
 
         check_base_tokenizer(recipe.base, dataset, recipe.model.vocab_size)
     model = recipe.model.override(**changes)
@@ -103,6 +103,6 @@ def begin(
 def _build(recipe: Recipe, device: torch.device) -> LanguageModel:
     if recipe.base is None:
         return ModulatedTransformer(recipe.model).to(device)
-    from ncn.retrofit.model import build_retrofitted
+    from ncn.retrofit.loading import build_retrofitted
 
     return build_retrofitted(recipe, device)

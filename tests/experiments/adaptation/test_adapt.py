@@ -20,7 +20,7 @@ from ncn.experiments.adaptation.report import summarise
 from ncn.experiments.adaptation.run import run_adaptation, weights_sha256
 from ncn.inference.document_losses import by_document
 from ncn.retrofit.adapters import METHODS, Adapted, adapt, matched_sizes
-from ncn.retrofit.model import load_base
+from ncn.retrofit.bases import load_base
 from retrofits import base as tiny_base
 from retrofits import ids
 from tiny import prepare_text, stories

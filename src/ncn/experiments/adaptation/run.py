@@ -34,7 +34,8 @@ from ncn.machine.files import read_json, write_json
 from ncn.machine.progress import TokensProgress
 from ncn.machine.stopping import Interrupted, graceful_stop
 from ncn.retrofit.adapters import LABELS, METHODS, SIZED, Adapted, Method, adapt, check_peft, matched_sizes
-from ncn.retrofit.model import check_base_tokenizer, load_base, retrofit_recipe
+from ncn.retrofit.bases import load_base
+from ncn.retrofit.recipe import check_base_tokenizer, retrofit_recipe
 
 CENTRES: Mapping[Method, float] = {"ncn": 1e-2, "lora": 8e-3, "ia3": 1.6e-1, "prefix": 3.2e-1, "full": 2e-3}
 """Learning rates around which the search begins; see `ncn.lab.tuning`."""
