@@ -9,7 +9,7 @@ import pytest
 
 from ncn.config.training import TrainConfig
 from ncn.errors import UserError
-from ncn.lab.plan import begin
+from ncn.lab.plan import begin_experiment
 from ncn.machine.files import read_json
 
 TRAIN = TrainConfig(device="cpu", precision="float32")
@@ -30,14 +30,14 @@ def not_again() -> dict[str, Any]:
 
 def test_the_file_holds_the_facts_and_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "experiment.json"
-    found = begin(path, FACTS, TRAIN, measure)
+    found = begin_experiment(path, FACTS, TRAIN, measure)
     assert found == read_json(path)
     assert list(found) == ["command", "environment", "seeds", "arms", "losses"]
     assert found["environment"]["autocast"] == "None"
     assert found["arms"]["ncn"] == FACTS["arms"]["ncn"] | {"seconds_per_step": 0.5}
     # what was measured, and settings that change no result, may be others
     arms = {name: {"recipe": {"train": {"clip": 1.0, "device": "cuda"}}} for name in ("baseline", "ncn")}
-    assert begin(path, FACTS | {"arms": arms}, TRAIN, not_again) == found
+    assert begin_experiment(path, FACTS | {"arms": arms}, TRAIN, not_again) == found
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,6 @@ def test_the_file_holds_the_facts_and_what_was_measured(tmp_path: Path) -> None:
     ],
 )
 def test_another_plan_is_refused(tmp_path: Path, facts: dict[str, Any], message: str) -> None:
-    begin(tmp_path / "experiment.json", FACTS, TRAIN, measure)
+    begin_experiment(tmp_path / "experiment.json", FACTS, TRAIN, measure)
     with pytest.raises(UserError, match=message):
-        begin(tmp_path / "experiment.json", FACTS | facts, TRAIN, not_again)
+        begin_experiment(tmp_path / "experiment.json", FACTS | facts, TRAIN, not_again)

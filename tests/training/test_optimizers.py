@@ -11,7 +11,14 @@ from torch.optim import Optimizer
 from ncn.config.model import NCNConfig
 from ncn.config.training import TrainConfig
 from ncn.core.model import ModulatedTransformer
-from ncn.training.optimizers import build_optimizers, learning_rate_factor, load_optimizer_state, optimizer_state
+from ncn.training.optimizers import (
+    build_adamw,
+    build_optimizers,
+    learning_rate_factor,
+    load_optimizer_state,
+    optimizer_state,
+    update,
+)
 from tiny import MODEL, recipe
 
 WEIGHT_DECAY = 0.3
@@ -153,3 +160,22 @@ def test_state_by_name_continues_exactly(optimizer: str) -> None:
     assert expected in state
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert optimizer_state(first, first_optimizers).keys() == state.keys()
+
+
+def test_an_update_is_clipped_and_follows_the_peaks() -> None:
+    one, other = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    optimizers = [torch.optim.SGD([{"params": [one], "peak": 1.0}, {"params": [other], "peak": 10.0}], lr=7.0)]
+    one.grad, other.grad = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 4.0])
+    assert update(optimizers, [one, other], clip=1.0, factor=0.5) == 5.0
+    torch.testing.assert_close(one.data, torch.tensor([-0.5 * 0.6, 0.0]))
+    torch.testing.assert_close(other.data, torch.tensor([0.0, -5.0 * 0.8]))
+    assert one.grad is not None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_moves_nothing(bad: float) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.tensor([bad, 1.0])
+    optimizer = build_adamw([{"params": [parameter]}], TrainConfig())
+    assert not math.isfinite(update([optimizer], [parameter], clip=1.0, factor=1.0))
+    assert parameter.tolist() == [1.0, 1.0]

@@ -1,4 +1,4 @@
-"""Writing a token stream in shards."""
+"""Writing one shard of a token stream: whole and hashed, or not there at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A comparison of arms: equal size, the same batches, each at its own best learning rate, several seeds."""
+"""A comparison of arms: equal size, the same batches, several seeds, each arm at its own best learning rate.
+
+The A/B and the study of domains are made of it: the plan, its file, the tuning of learning rates, and the runs.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,14 @@ from ncn.config.training import TrainConfig
 from ncn.errors import UserError
 from ncn.lab.arms import BASELINE, Arm
 from ncn.lab.fleet import Job, final_losses, launch
-from ncn.lab.plan import begin as begin_experiment
+from ncn.lab.plan import begin_experiment
 from ncn.lab.texts import Splits
 from ncn.lab.timing import measure_steps
 from ncn.lab.tuning import FACTOR, RATES, best_rate, tune
 from ncn.machine.files import write_json
 
 PILOT_SEED = 0
+"""Of the runs that choose learning rates; those that are compared have seeds from 1."""
 
 
 @dataclass(frozen=True)

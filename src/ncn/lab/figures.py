@@ -1,4 +1,4 @@
-"""Figures that several experiments draw."""
+"""Figures that several experiments draw: paired differences with their intervals, and losses against learning rates."""
 
 from __future__ import annotations
 

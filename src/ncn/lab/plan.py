@@ -18,7 +18,7 @@ _MAY_DIFFER = (*FREE_SETTINGS, ".seconds_per_step")
 """Ends of names in a plan: settings that do not change a result, and what was measured beside the plan."""
 
 
-def begin(
+def begin_experiment(
     path: Path, facts: Mapping[str, Any], train: TrainConfig, measure: Callable[[], Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Write the plan of an experiment, or check that it is the one that the experiment there was begun with.

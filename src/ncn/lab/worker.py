@@ -1,5 +1,5 @@
-"""A process that trains runs for `ncn.lab.fleet`: jobs come in on standard input, a line of JSON each, and
-what becomes of them goes out on standard output.
+"""A process that trains runs for `ncn.lab.fleet`: jobs come in on standard input, a line of JSON each, and what becomes
+of them goes out on standard output.
 
 It ends when its input does, which is also what happens when the process that feeds it dies. A run that is being
 trained then is saved first.

@@ -1,4 +1,4 @@
-"""Where to compute, and in which number format."""
+"""Where to compute, in which number format, on how many cores; and the time there."""
 
 from __future__ import annotations
 
@@ -52,10 +52,12 @@ def find_device(name: str) -> torch.device:
 
 
 def usable_cores() -> int:
+    """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def synchronised_time(device: torch.device) -> float:
+    """Seconds of a clock, read when everything that the device was told to do is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a restart after a kill, sees the whole file or none of it."""
+"""Files, written so that a reader, or a restart after a kill, sees the whole of one or none of it; JSON, and hashes."""
 
 import errno
 import hashlib

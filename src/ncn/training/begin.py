@@ -1,4 +1,4 @@
-"""Whether a recipe, its data and the weights that it begins at belong together, and what a run is of."""
+"""Beginning a run, or going on with one: recipe, data and first weights are checked, then come model and run folder."""
 
 from __future__ import annotations
 

@@ -129,6 +129,13 @@ def test_missing_runs_are_named_and_other_ladders_join(ladder: Ladder, tmp_path:
         collect([ladder.out, copy])
 
 
+def test_an_unknown_launcher_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["scale", "--out", str(tmp_path / "ladder"), "--launcher", "slurm"])
+    assert isinstance(result.exception, UserError)
+    assert "unknown launcher 'slurm'; launchers: local, ray" in str(result.exception)
+    assert not (tmp_path / "ladder").exists()
+
+
 def test_the_verb_tells_what_the_full_ladder_would_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shown = CliRunner().invoke(app, ["scale", "--plan", "--sizes", "32,64,96"])

@@ -23,6 +23,7 @@ from ncn.config.training import TrainConfig
 from ncn.errors import UserError
 from ncn.experiments.ab.noise import seed_noise
 from ncn.lab.arms import AGAIN, BASELINE, build_arms
+from ncn.lab.comparison import PILOT_SEED, Plan, begin, check_batches, compare, describe, sweep
 from ncn.lab.fleet import Launcher, launch
 from ncn.lab.texts import make_splits
 from ncn.machine.files import write_json
@@ -30,10 +31,9 @@ from ncn.training.begin import fit_to_data
 
 if TYPE_CHECKING:
     from ncn.experiments.ab.report import Report
-from ncn.lab.comparison import PILOT_SEED, Plan, begin, check_batches, compare, describe, sweep
 
 NOISE_SEEDS = (PILOT_SEED, 1000, 1001)
-
+"""Of the pairs of short runs that measure the noise between seeds."""
 _POINTS = 20
 """Validations along a run."""
 

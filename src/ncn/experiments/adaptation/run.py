@@ -27,7 +27,7 @@ from ncn.experiments.adaptation.costs import measure_costs
 from ncn.experiments.adaptation.lesson import TUNING_SEED, Lesson, losses_of, train_adapter
 from ncn.experiments.adaptation.report import AdaptationReport, write_report
 from ncn.inference.document_losses import DocumentLosses
-from ncn.lab.plan import begin as begin_experiment
+from ncn.lab.plan import begin_experiment
 from ncn.lab.tuning import best_rate, tune
 from ncn.machine.devices import arithmetic, find_device
 from ncn.machine.files import read_json, write_json

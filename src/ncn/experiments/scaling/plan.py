@@ -1,4 +1,4 @@
-"""The plan of a ladder of sizes and budgets."""
+"""A ladder as it is run: its sizes, budgets, seeds and texts, and from them the recipe and the folder of every run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ncn.lab.texts import Splits
 ARMS = (BASELINE, NCN)
 BUDGETS = (250_000, 500_000, 1_000_000)
 PILOT_SEED = 0
+"""Of the runs that choose learning rates; the ladder's own seeds begin at 1."""
 
 
 @dataclass(frozen=True)

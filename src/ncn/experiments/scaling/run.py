@@ -26,7 +26,7 @@ from ncn.experiments.scaling.ladder import SIZES, Rung, build_ladder, short
 from ncn.experiments.scaling.plan import ARMS, BUDGETS, Ladder
 from ncn.lab.arms import BASELINE, NCN
 from ncn.lab.fleet import Launcher, final_losses, launch
-from ncn.lab.plan import begin as begin_experiment
+from ncn.lab.plan import begin_experiment
 from ncn.lab.texts import make_splits
 from ncn.lab.timing import measure_steps
 from ncn.lab.tuning import RATES, optimal_rate, tune

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ncn.statistics.resampling import with_interval
 
 SETTINGS = tuple(number / 6 for number in range(7))
+"""The values that a slider is set to."""
 _RESAMPLES = 400
 Array = npt.NDArray[np.float64]
 

@@ -22,8 +22,9 @@ from ncn.steering.attributes import MEASURED, VALUES, read_table
 from ncn.steering.decoupling import Decoupling
 
 PROMPT_TOKENS = 8
-DISTINCT = (1, 2, 3)
-DISTINCT_TOKENS = 10_000
+"""Of each document, after its separator."""
+DISTINCT, DISTINCT_TOKENS = (1, 2, 3), 10_000
+"""Lengths of the runs of tokens whose variety is counted, and in how many tokens."""
 Array = npt.NDArray[np.float64]
 Arrays = dict[str, npt.NDArray[Any]]
 Judge = tuple[LanguageModel, Tokenizer]
