@@ -6,6 +6,7 @@ modulation costs. Theirs is a backward pass made for one factor for a whole row 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -49,17 +50,17 @@ def layer_factors(
     if nothing but a linear projection without a bias lies between. `dtype` rounds the factors to what they multiply,
     which is otherwise done at each product, and keeps their gradients exact.
     """
-    factors: dict[str, Tensor] = {}
+    acting: dict[str, list[Tensor]] = {site: [] for site in SITES}
     for name, row in SIGNALS.items():
         if name in signals:
             for site, values in zip(row.sites, _values_at_sites(row, signals[name]), strict=True):
-                before = factors.get(site)
-                if before is not None:
-                    values = before + values if SITES[site].adds else before * values
-                factors[site] = values
-    if gain_on_heads and "head" in factors and "attention" in factors:
-        # the output projection is linear, g · W(η o) = W(g η o), which saves a pass over memory
-        factors["head"] = factors["head"] * factors.pop("attention").unsqueeze(-1)
+                acting[site].append(values)
+    factors: dict[str, Tensor] = {}
+    for site, (first, *others) in ((site, values) for site, values in acting.items() if values):
+        factors[site] = sum(others, first) if SITES[site].adds else math.prod(others, start=first)
+        if site == "attention" and gain_on_heads and "head" in factors:
+            # the output projection is linear, g · W(η o) = W(g η o), which saves a pass over memory
+            factors["head"] = factors["head"] * factors.pop("attention").unsqueeze(-1)
     layers = next(iter(signals.values())).shape[2]
     columns = (
         factors[site].to(dtype or factors[site].dtype).unsqueeze(-1).unbind(2) if site in factors else [None] * layers
