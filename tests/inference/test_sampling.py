@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from ncn.errors import UserError
-from ncn.inference.sampling import Sampling, choose
+from ncn.inference.sampling import Sampler, Sampling
 
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.5])
 
 
 def drawn(count: int, logits: torch.Tensor = LOGITS, **settings: float | int | None) -> torch.Tensor:
     rows = [Sampling(seed=3, choice=choice, **settings) for choice in range(count)]
-    return choose(logits.expand(count, -1), rows, [7] * count)
+    return Sampler(rows, logits.device)(logits.expand(count, -1), [7] * count)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
@@ -70,8 +70,8 @@ def test_a_row_is_drawn_as_it_is_alone() -> None:
         Sampling(1.0, top_k=50, seed=9),
     ]
     for position in range(40):
-        together = choose(logits, samplings, [position + row for row in range(6)])
-        alone = [choose(logits[row : row + 1], [samplings[row]], [position + row]) for row in range(6)]
+        together = Sampler(samplings, logits.device)(logits, [position + row for row in range(6)])
+        alone = [Sampler([samplings[row]], logits.device)(logits[row : row + 1], [position + row]) for row in range(6)]
         assert together.tolist() == torch.cat(alone).tolist()
 
 
@@ -79,7 +79,7 @@ def test_a_number_that_is_nearly_1_draws_a_token_that_can_be_drawn(monkeypatch: 
     monkeypatch.setattr(Sampling, "uniform", lambda self, position: 1 - 2.0**-48)
     logits = torch.full((1, 1000), -torch.inf)
     logits[0, :3] = torch.tensor([0.0, 1.0, 0.3])
-    assert choose(logits, [Sampling(seed=1)], [0]).tolist() == [2]
+    assert Sampler([Sampling(seed=1)], logits.device)(logits, [0]).tolist() == [2]
 
 
 @pytest.mark.parametrize(

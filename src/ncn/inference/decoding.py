@@ -20,7 +20,7 @@ from ncn.core.interface import LanguageModel, ModelOutput
 from ncn.core.signals.table import Frozen, signal_shape
 from ncn.core.types import ControlInputs, Instructions
 from ncn.errors import UserError
-from ncn.inference.sampling import Sampling, choose
+from ncn.inference.sampling import Sampler, Sampling
 from ncn.machine.compiling import compiled
 from ncn.steering.values import EMPTY_INSTRUCTION, SliderEnds, both_ends, check_ends
 
@@ -130,52 +130,78 @@ class Row:
 class _Batch:
     """Rows that are read together, and their cache; a guided row is two of the cache's, unset and set."""
 
-    def __init__(self, rows: list[Row], cache: Cache) -> None:
-        self.rows, self.cache = rows, cache
+    def __init__(self, rows: list[Row], cache: Cache, model: LanguageModel) -> None:
+        self.cache, self._model = cache, model
+        self._use(rows)
 
-    @property
-    def read(self) -> list[tuple[Row, bool]]:
+    def _use(self, rows: list[Row]) -> None:
+        """Work out whatever stays the same from token to token."""
+        self.rows, device = rows, self._model.device
+        self.read = [(row, isset) for row in rows for isset in ((False, True) if row.guided else (True,))]
         """What each row of the cache is: a text, and whether it is read with what is set."""
-        return [(row, isset) for row in self.rows for isset in ((False, True) if row.guided else (True,))]
+        self._moves = any(first != last for row in rows for first, last in row.ends if not math.isnan(first))
+        self._inputs = ControlInputs(self._sliders(), self._tasks(), self._instructions()).to(device)
+        self._frozen = self._held()
+        self._isset: Tensor | None = None
+        if any(row.guided for row in rows):
+            self._isset = torch.tensor([place for place, (_, isset) in enumerate(self.read) if isset], device=device)
+            self._unset = self._isset - torch.tensor([row.guided for row in rows], device=device).long()
+            self._guidance = torch.tensor([row.request.guidance for row in rows], device=device)[:, None]
 
-    def control(self, device: torch.device) -> ControlInputs:
-        """What the controller is given from outside at the next token; None where no row has any of the kind."""
-        read = self.read
-        sliders = tasks = instruction = None
-        if any(row.ends for row in self.rows):
-            unset = [math.nan] * max(len(row.ends) for row in self.rows)
-            values = [[row.sliders() if isset and row.ends else unset] for row, isset in read]
-            sliders = torch.tensor(values)
-        if any(row.task >= 0 for row in self.rows):
-            tasks = torch.tensor([[row.task if isset else -1] for row, isset in read])
-        said = [row.instruction for row in self.rows if row.instruction is not None]
-        if said:
-            nothing = torch.zeros_like(said[0])
-            rows = [row.instruction if isset and row.instruction is not None else nothing for row, isset in read]
-            instruction = torch.stack(rows)[:, None]
-        return ControlInputs(sliders, tasks, instruction).to(device)
+    def options(self) -> dict[str, Any]:
+        """What the model is told beside the tokens: inputs from outside, and signals held still, as far as any are."""
+        inputs = self._inputs
+        if self._moves:
+            sliders = self._sliders()
+            inputs = inputs._replace(sliders=None if sliders is None else sliders.to(self._model.device))
+        return {"control": inputs} | ({"frozen": self._frozen} if self._frozen else {})
 
-    def frozen(self, model: LanguageModel) -> Frozen | None:
-        """Signals held still, (rows, 1, layers[, sites]) by name, NaN where they are not; None where all are free."""
-        names = {name for row in self.rows for name in row.request.frozen}
-        if not names:
-            return None
-        config, read = model.core_config, self.read
-        found = {}
-        for name in names:
-            shape = (config.num_layers, *signal_shape(name, config))
-            values = [row.request.frozen.get(name, torch.tensor(math.nan)).float().expand(shape) for row, _ in read]
-            found[name] = torch.stack(values)[:, None].to(model.device)
-        return found
+    def guided(self, logits: Float[Tensor, "read vocabulary"]) -> Float[Tensor, "rows vocabulary"]:
+        """The logits to choose from, of those of all rows of the cache."""
+        if self._isset is None:
+            return logits
+        unset = logits[self._unset]
+        return unset + self._guidance * (logits[self._isset] - unset)
 
     def keep(self, wanted: Sequence[Row]) -> None:
         """Let all other rows leave, and forget the padding that no row is left to need."""
-        kept = [place for place, (row, _) in enumerate(self.read) if row in wanted]
-        self.rows = [row for row in self.rows if row in wanted]
-        self.cache.reorder(torch.tensor(kept))
-        padding = self.cache.length - max(row.length - 1 for row in self.rows)
-        if padding:
+        self.cache.reorder(torch.tensor([place for place, (row, _) in enumerate(self.read) if row in wanted]))
+        self._use([row for row in self.rows if row in wanted])
+        if padding := self.cache.length - max(row.length - 1 for row in self.rows):
             self.cache.forget_first(padding)
+
+    def _sliders(self) -> Tensor | None:
+        """(rows, 1, sliders), NaN where unset."""
+        if not any(row.ends for row in self.rows):
+            return None
+        unset = [math.nan] * max(len(row.ends) for row in self.rows)
+        return torch.tensor([[row.sliders() if isset and row.ends else unset] for row, isset in self.read])
+
+    def _tasks(self) -> Tensor | None:
+        """(rows, 1), -1 where unset."""
+        if all(row.task < 0 for row in self.rows):
+            return None
+        return torch.tensor([[row.task if isset else -1] for row, isset in self.read])
+
+    def _instructions(self) -> Tensor | None:
+        """(rows, 1, width), 0 where unset."""
+        said = [row.instruction for row in self.rows if row.instruction is not None]
+        if not said:
+            return None
+        nothing = torch.zeros_like(said[0])
+        rows = [row.instruction if isset and row.instruction is not None else nothing for row, isset in self.read]
+        return torch.stack(rows)[:, None]
+
+    def _held(self) -> Frozen:
+        """Signals held still, (rows, 1, layers[, sites]) by name, NaN where they are not."""
+        config, found = self._model.core_config, {}
+        for name in {name for row in self.rows for name in row.request.frozen}:
+            shape = (config.num_layers, *signal_shape(name, config))
+            values = [
+                row.request.frozen.get(name, torch.tensor(math.nan)).float().expand(shape) for row, _ in self.read
+            ]
+            found[name] = torch.stack(values)[:, None].to(self._model.device)
+        return found
 
 
 class Decoder:
@@ -201,6 +227,8 @@ class Decoder:
         self._batch: _Batch | None = None
         self._fresh: list[tuple[_Batch, Float[Tensor, "rows vocabulary"]]] = []
         """Rows that have joined since the last step, with the logits of their first token."""
+        self._sampled: list[Row] = []
+        self._sampler = Sampler([], model.device)
 
     @property
     def rows(self) -> list[Row]:
@@ -217,7 +245,7 @@ class Decoder:
         longest, device = max(row.length for row in rows), self.model.device
         most = max(row.length + row.room for row in rows)
         capacity = self.model.core_config.context_length if self._compiled else most
-        batch = _Batch([*rows], self.model.new_cache(capacity, joins=self.joins))
+        batch = _Batch([*rows], self.model.new_cache(capacity, joins=self.joins), self.model)
         prompts = [row.request.prompt for row, _ in batch.read]
         tokens = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts], device=device)
         mask = None
@@ -239,7 +267,10 @@ class Decoder:
             return []
         rows = [row for batch, _ in parts for row in batch.rows]
         logits = torch.cat([logits for _, logits in parts]) if len(parts) > 1 else parts[0][1]
-        chosen = choose(logits, [row.request.sampling for row in rows], [row.length for row in rows]).tolist()
+        if rows != self._sampled:
+            self._sampled, samplings = rows, [row.request.sampling for row in rows]
+            self._sampler = Sampler(samplings, self.model.device)
+        chosen = self._sampler(logits, [row.length for row in rows]).tolist()
         written = [(row, token) for row, token in zip(rows, chosen, strict=True) if row.ended is None]
         for row, token in written:
             row.take(token)
@@ -255,19 +286,11 @@ class Decoder:
 
     def _read(self, batch: _Batch, tokens: Tensor, mask: Tensor | None) -> Float[Tensor, "rows vocabulary"]:
         """Logits of every row's next token, guided."""
-        options: dict[str, Any] = {"frozen": frozen} if (frozen := batch.frozen(self.model)) else {}
         step = self._compiled
         if step is None or mask is not None or tokens.shape[1] > 1 or batch.cache.length < self._shortest:
             step = self.model.read
-        control = batch.control(self.model.device)
-        output: ModelOutput = step(tokens, mask, cache=batch.cache, last_only=True, control=control, **options)
-        logits = output.logits[:, -1]
-        if not any(row.guided for row in batch.rows):
-            return logits
-        isset = [place for place, (_, isset) in enumerate(batch.read) if isset]
-        unset = [place - row.guided for place, row in zip(isset, batch.rows, strict=True)]
-        guidance = torch.tensor([row.request.guidance for row in batch.rows], device=logits.device)[:, None]
-        return logits[unset] + guidance * (logits[isset] - logits[unset])
+        output: ModelOutput = step(tokens, mask, cache=batch.cache, last_only=True, **batch.options())
+        return batch.guided(output.logits[:, -1])
 
     def _merge(self) -> None:
         """Put the rows that have joined into the batch, now that every one has a token to be read."""
@@ -281,7 +304,7 @@ class Decoder:
             batches = [batch for batch in batches if any(row.ended is None for row in batch.rows)]
         if len(batches) > 1:
             cache = type(batches[0].cache).joined([batch.cache for batch in batches])
-            batches = [_Batch([row for batch in batches for row in batch.rows], cache)]
+            batches = [_Batch([row for batch in batches for row in batch.rows], cache, self.model)]
         self._batch = batches[0] if batches else None
         if self._batch:
             self._tidy()

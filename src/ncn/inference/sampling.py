@@ -57,43 +57,55 @@ class Sampling:
         return float(int.from_bytes(drawn) / 2**_BITS)
 
 
-def choose(
-    logits: Float[Tensor, "rows vocabulary"], samplings: Sequence[Sampling], positions: Sequence[int]
-) -> Int[Tensor, " rows"]:
-    """The next token of each row, which has so many tokens before it.
+class Sampler:
+    """The choice of the next token of each of several rows, each with a way of sampling of its own.
 
     A token is drawn by inverting the cumulative distribution, in the order of ids: rows with the same number choose
     differently only as far as their distributions differ.
     """
-    greedy = logits.argmax(-1)
-    if all(sampling.temperature == 0 for sampling in samplings):
-        return greedy
-    probabilities = _probabilities(logits, samplings)
-    uniform = [sampling.uniform(position) for sampling, position in zip(samplings, positions, strict=True)]
-    cumulative = probabilities.double().cumsum(-1)
-    drawn = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
-    places = torch.searchsorted(cumulative, drawn, right=True)[:, 0]
-    cold = torch.tensor([sampling.temperature == 0 for sampling in samplings], device=logits.device)
-    return torch.where(cold, greedy, places)
+
+    def __init__(self, samplings: Sequence[Sampling], device: torch.device) -> None:
+        self.samplings = tuple(samplings)
+        cold = [sampling.temperature == 0 for sampling in samplings]
+        self._greedy, self._mixed = all(cold), any(cold)
+        self._cold = torch.tensor(cold, device=device)
+        # below 1e-30 float32 ends; a row that takes the likeliest token has any temperature
+        self._temperatures = torch.tensor([max(one.temperature, 1e-30) for one in samplings], device=device)[:, None]
+        self._counts = [one.top_k for one in samplings]
+        shares = [one.top_p or 1.0 for one in samplings]
+        self._nucleus = min(shares, default=1.0) < 1
+        # the largest cumulative probability may be a little more than 1, and where there is no limit nothing is beyond
+        self._shares = torch.tensor([share if share < 1 else 2.0 for share in shares], device=device)[:, None]
+
+    def __call__(self, logits: Float[Tensor, "rows vocabulary"], positions: Sequence[int]) -> Int[Tensor, " rows"]:
+        """The next token of each row, which has so many tokens before it."""
+        if self._greedy:
+            return logits.argmax(-1)
+        cumulative = self._probabilities(logits).cumsum(-1, dtype=torch.float64)
+        uniform = [one.uniform(position) for one, position in zip(self.samplings, positions, strict=True)]
+        drawn = torch.tensor(uniform, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
+        places = torch.searchsorted(cumulative, drawn, right=True)[:, 0]
+        return torch.where(self._cold, logits.argmax(-1), places) if self._mixed else places
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        """What tokens are drawn from, (rows, vocabulary); not normalised where `top_p` leaves tokens out."""
+        # the largest is 0, so that no temperature is too low
+        logits = (logits.float() - logits.amax(-1, keepdim=True)) / self._temperatures
+        limits = [min(count or logits.shape[-1], logits.shape[-1]) for count in self._counts]
+        if min(limits) < logits.shape[-1]:
+            logits = _largest(logits, limits)
+        probabilities = logits.softmax(-1)
+        if self._nucleus:
+            ordered, order = probabilities.sort(descending=True)
+            kept = ordered.masked_fill_(ordered.cumsum(-1) - ordered >= self._shares, 0)
+            probabilities = probabilities.scatter_(-1, order, kept)
+        return probabilities
 
 
-def _probabilities(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """What tokens are drawn from, (rows, vocabulary); not normalised where `top_p` leaves tokens out."""
-    device, vocabulary = logits.device, logits.shape[-1]
-    temperatures = torch.tensor([max(sampling.temperature, 1e-30) for sampling in samplings], device=device)
-    # the largest logit is 0, so that no temperature is too low; below 1e-30 float32 ends
-    logits = (logits.float() - logits.float().amax(-1, keepdim=True)) / temperatures[:, None]
-    counts = [min(sampling.top_k or vocabulary, vocabulary) for sampling in samplings]
-    if min(counts) < vocabulary:
-        largest = logits.topk(max(count for count in counts if count < vocabulary)).values
-        last = [min(count, largest.shape[-1]) - 1 for count in counts]
-        least = largest.gather(-1, torch.tensor(last, device=device)[:, None])
-        limited = torch.tensor([count < vocabulary for count in counts], device=device)[:, None]
-        logits = logits.masked_fill(limited & (logits < least), -torch.inf)
-    probabilities = logits.softmax(-1)
-    shares = torch.tensor([sampling.top_p or 1.0 for sampling in samplings], device=device)
-    if shares.min() < 1:
-        ordered, order = probabilities.sort(descending=True)
-        beyond = (ordered.cumsum(-1) - ordered >= shares[:, None]) & (shares < 1)[:, None]
-        probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered.masked_fill(beyond, 0))
-    return probabilities
+def _largest(logits: Tensor, counts: Sequence[int]) -> Tensor:
+    """The logits of each row, −∞ but for so many largest ones."""
+    largest = logits.topk(max(count for count in counts if count < logits.shape[-1])).values
+    last = [min(count, largest.shape[-1]) - 1 for count in counts]
+    least = largest.gather(-1, torch.tensor(last, device=logits.device)[:, None])
+    limited = torch.tensor([count < logits.shape[-1] for count in counts], device=logits.device)[:, None]
+    return logits.masked_fill(limited & (logits < least), -torch.inf)
