@@ -1,4 +1,4 @@
-"""A training run in progress: one loop for every arm."""
+"""A training run in progress: its step, and what it logs, validates and saves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training loop for every arm: baseline, static and local gates, and the controller."""
+"""Training a model: one loop for every arm, baseline, static and local gates, and the controller."""
 
 from __future__ import annotations
 
