@@ -134,7 +134,8 @@ def test_a_base_and_its_tokenizer_a_model_and_a_controller_by_name(hub: Path) ->
     save_model(ours, repository(hub, "someone/ours"), tokenizer)
     recipe = retrofit_recipe(place)
     handle = ncn.attach(model)
-    RetrofittedModel(handle, recipe.model, "someone/base").save(repository(hub, "someone/controller"), tokenizer)
+    model = RetrofittedModel(handle, recipe.model, "someone/base")
+    save_model(model, repository(hub, "someone/controller"), tokenizer)
 
     said = ran(hub, COMMANDS)
 
