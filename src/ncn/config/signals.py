@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 
@@ -64,6 +65,11 @@ class SignalSpec:
     its sites; or the setting of the controller that says which of these."""
     smooth: Range
     published: Range | None = None
+
+    @cached_property
+    def parts(self) -> tuple[Literal["heads", "groups"] | None, ...]:
+        """What there may be several of at each of its sites."""
+        return tuple(SITES[site].parts for site in self.sites)
 
     @property
     def neutral(self) -> float:

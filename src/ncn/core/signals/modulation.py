@@ -6,7 +6,6 @@ modulation costs. Theirs is a backward pass made for one factor for a whole row 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -50,17 +49,21 @@ def layer_factors(
     if nothing but a linear projection without a bias lies between. `dtype` rounds the factors to what they multiply,
     which is otherwise done at each product, and keeps their gradients exact.
     """
-    acting: dict[str, list[Tensor]] = {site: [] for site in SITES}
+    acting: dict[str, list[Tensor]] = {}
     for name, row in SIGNALS.items():
         if name in signals:
             for site, values in zip(row.sites, _values_at_sites(row, signals[name]), strict=True):
-                acting[site].append(values)
+                acting.setdefault(site, []).append(values)
     factors: dict[str, Tensor] = {}
-    for site, (first, *others) in ((site, values) for site, values in acting.items() if values):
-        factors[site] = sum(others, first) if SITES[site].adds else math.prod(others, start=first)
-        if site == "attention" and gain_on_heads and "head" in factors:
-            # the output projection is linear, g · W(η o) = W(g η o), which saves a pass over memory
-            factors["head"] = factors["head"] * factors.pop("attention").unsqueeze(-1)
+    for site in SITES:
+        if site in acting:
+            factor, *others = acting[site]
+            for other in others:
+                factor = factor + other if SITES[site].adds else factor * other
+            factors[site] = factor
+            if site == "attention" and gain_on_heads and "head" in factors:
+                # the output projection is linear, g · W(η o) = W(g η o), which saves a pass over memory
+                factors["head"] = factors["head"] * factors.pop("attention").unsqueeze(-1)
     layers = next(iter(signals.values())).shape[2]
     columns = (
         factors[site].to(dtype or factors[site].dtype).unsqueeze(-1).unbind(2) if site in factors else [None] * layers
@@ -74,7 +77,7 @@ def _values_at_sites(row: SignalSpec, signal: Signal) -> list[Tensor]:
 
     One value for a layer, and values for its heads, are the same at every site; of others each site has its share.
     """
-    parts = [SITES[site].parts for site in row.sites]
+    parts = row.parts
     if signal.ndim == 3:
         return [signal.unsqueeze(-1) if part else signal for part in parts]
     if "heads" in parts:
