@@ -259,9 +259,9 @@ class Decoder:
     def step(self) -> list[Row]:
         """One token for every text that is being written; gives those texts, of which some have ended with it."""
         parts = self._fresh
-        if self._batch and self.rows:
-            tokens = [row.tokens[-1] if row.tokens else 0 for row, _ in self._batch.read]  # 0: it ended at once
-            logits = self._read(self._batch, torch.tensor(tokens, device=self.model.device)[:, None], None)
+        if self._batch:
+            tokens = [[row.tokens[-1] if row.tokens else 0] for row, _ in self._batch.read]  # 0: it ended at once
+            logits = self._read(self._batch, torch.tensor(tokens, device=self.model.device), None)
             parts = [(self._batch, logits), *parts]
         if not parts:
             return []
@@ -274,15 +274,16 @@ class Decoder:
         written = [(row, token) for row, token in zip(rows, chosen, strict=True) if row.ended is None]
         for row, token in written:
             row.take(token)
-        self._merge()
+        if self._fresh:
+            self._merge()
+        self._tidy()
         return [row for row, _ in written]
 
     @torch.inference_mode()
     def leave(self, row: Row) -> None:
         """Stop writing a text."""
         row.ended = row.ended or "length"
-        if self._batch:
-            self._tidy()
+        self._tidy()
 
     def _read(self, batch: _Batch, tokens: Tensor, mask: Tensor | None) -> Float[Tensor, "rows vocabulary"]:
         """Logits of every row's next token, guided."""
@@ -306,18 +307,16 @@ class Decoder:
             cache = type(batches[0].cache).joined([batch.cache for batch in batches])
             batches = [_Batch([row for batch in batches for row in batch.rows], cache, self.model)]
         self._batch = batches[0] if batches else None
-        if self._batch:
-            self._tidy()
 
     def _tidy(self) -> None:
         """Take rows that have ended out of the batch, when enough of them have, or there is no room for a slot."""
         batch = self._batch
-        assert batch is not None
+        if batch is None:
+            return
         living = [row for row in batch.rows if row.ended is None]
-        full = batch.cache.length >= self.model.core_config.context_length
         if not living:
             self._batch = None
-        elif len(living) <= _FEWER * len(batch.rows) or full:
+        elif len(living) <= _FEWER * len(batch.rows) or batch.cache.length >= self.model.core_config.context_length:
             batch.keep(living)
 
 
