@@ -178,6 +178,9 @@ def test_a_row_can_be_told_to_leave() -> None:
     assert len(rows[1].tokens) == 1
     for row in (rows[0], rows[2]):
         assert row.tokens == alone(model, row.request)
+    (early,) = decoder.join([Request([0, 4], 20, Sampling(0.0))])
+    decoder.leave(early)
+    assert decoder.step() == decoder.rows == early.tokens == []
 
 
 def test_many_texts_are_written_with_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
