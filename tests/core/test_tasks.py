@@ -23,17 +23,9 @@ from ncn.inference.document_losses import document_losses
 from ncn.steering.documents import DocumentInputs
 from ncn.training.run_folder import RunFolder
 from ncn.training.train import train
-from tiny import assert_same_run, at_step, interrupt, recipe
+from tiny import assert_same_run, at_step, interrupt, recipe, write_texts
 
 BOTH = {"controller": {"width": 8, "hidden": 8, "pooling_heads": 2, "tasks": ["calm", "loud"]}}
-
-
-def write_texts(folder: Path, first: int, documents: int) -> list[str]:
-    calm = [f"Tom had {n} cats. They ran home." for n in range(first, first + documents)]
-    loud = [f"HEY {n}! STOP! COME HERE!" for n in range(first, first + documents // 2)]
-    for name, texts in (("calm", calm), ("loud", loud)):
-        (folder / f"{name}.txt").write_text("\n<|endoftext|>\n".join(texts))
-    return [str(folder / "calm.txt"), str(folder / "loud.txt")]
 
 
 @pytest.fixture(scope="module")

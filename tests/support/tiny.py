@@ -103,3 +103,12 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def assert_nothing_half_written(run: Path) -> None:
     assert not [path for path in run.rglob("*") if path.name.endswith(".part") or path.name.startswith(".tmp")]
+
+
+def write_texts(folder: Path, first: int, documents: int) -> list[str]:
+    """calm.txt and, half as long, loud.txt in `folder`: two kinds of text that a model tells apart at once."""
+    calm = [f"Tom had {n} cats. They ran home." for n in range(first, first + documents)]
+    loud = [f"HEY {n}! STOP! COME HERE!" for n in range(first, first + documents // 2)]
+    for name, texts in (("calm", calm), ("loud", loud)):
+        (folder / f"{name}.txt").write_text("\n<|endoftext|>\n".join(texts))
+    return [str(folder / "calm.txt"), str(folder / "loud.txt")]

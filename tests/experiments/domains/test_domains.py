@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_tasks import write_texts
 
 import ncn
 from ncn.data.prepare import prepare
@@ -18,6 +17,7 @@ from ncn.experiments.domains.separation import STRETCHES, DomainRecord, distance
 from ncn.experiments.domains.texts import documents_of, equal, make_domain_data, spread
 from ncn.statistics.seeds import mean_over_seeds
 from ncn.training.run_folder import RunFolder
+from tiny import write_texts
 
 
 def forgetting_run(random: np.random.Generator, price: float, speed: float) -> Curve:

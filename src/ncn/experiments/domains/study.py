@@ -1,4 +1,4 @@
-"""The study of two domains: what is run, and what is measured on it."""
+"""The study of two domains: its runs, what is measured on the trained models, and what is read from both."""
 
 from __future__ import annotations
 
