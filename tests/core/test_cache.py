@@ -111,3 +111,34 @@ def test_bytes_count_what_is_held() -> None:
     cache.crop(2)
     assert cache.nbytes == 2 * 2 * 2 * 4
     assert Cache(50).nbytes == 0
+
+
+def test_caches_are_joined_with_their_ends_side_by_side() -> None:
+    long, short = Cache(capacity=9), Cache()
+    for cache, rows, tokens in ((long, 2, 5), (short, 1, 2)):
+        cache.write("keys.0", torch.arange(rows * tokens * 3.0).view(rows, tokens, 3) + 1)
+        cache.advance(tokens)
+    joined = Cache.joined([long, short])
+    keys, segments, positions = (joined.last(name, 5) for name in ("keys.0", "segments", "positions"))
+    assert joined.length == 5
+    assert torch.equal(keys[:2], long.last("keys.0", 5))
+    assert torch.equal(keys[2, 3:], short.last("keys.0", 2)[0])
+    assert not keys[2, :3].any()
+    assert segments.tolist() == [[1] * 5, [1] * 5, [0, 0, 0, 1, 1]]  # 0 is padding
+    assert positions[2, 3:].tolist() == [0, 1]
+    joined.reorder(torch.tensor([2]))
+    joined.forget_first(3)
+    assert joined.length == 2
+    assert torch.equal(joined.last("keys.0", 9), short.last("keys.0", 2))
+    joined.write("keys.0", torch.zeros(1, 4, 3))
+    assert torch.equal(joined.last("keys.0", 2), short.last("keys.0", 2))
+
+
+def test_caches_of_one_length_are_joined_without_padding() -> None:
+    caches = [Cache(), Cache()]
+    for number, cache in enumerate(caches):
+        cache.write("values.0", torch.full((1, 3, 2), float(number)))
+        cache.advance(3)
+    joined = Cache.joined(caches)
+    assert joined.last("values.0", 3)[:, :, 0].tolist() == [[0.0] * 3, [1.0] * 3]
+    assert joined.last("segments", 1) is None
