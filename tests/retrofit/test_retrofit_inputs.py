@@ -250,6 +250,11 @@ def test_its_cache_is_cropped_reordered_and_repeated_whole() -> None:
     torch.testing.assert_close(model(text[:1], cache=cache).logits, model(text[:1]).logits, rtol=0, atol=2e-4)
 
 
+def test_a_cache_of_our_own_model_is_refused() -> None:
+    with pytest.raises(UserError, match=r"with a cache of the base's: make it with model\.new_cache\(\)"):
+        in_our_manners()(ids(4), cache=ncn.Cache())
+
+
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mistral", "qwen3"])
 def test_rows_that_join_a_batch_write_what_they_write_alone(name: str, guidance: float) -> None:

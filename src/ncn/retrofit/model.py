@@ -79,7 +79,8 @@ class RetrofittedModel(LanguageModel):
                 f"{start + tokens} tokens do not fit into the base's context of {self.config.context_length}; "
                 "shorten the text"
             )
-        assert cache is None or isinstance(cache, BaseCache)
+        if cache is not None and not isinstance(cache, BaseCache):
+            raise UserError("a controller on a base reads with a cache of the base's: make it with model.new_cache()")
         if control is not None:
             check_inputs(control, self.config)
         options = self._padding(attention_mask, cache, embeddings)
