@@ -380,7 +380,7 @@ with torch.no_grad():
 for each in signals:
     torch.testing.assert_close(handle.signals[each], signals[each], rtol=0, atol=1e-5)
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "support")}
     subprocess.run([sys.executable, "-c", script, name], check=True, timeout=280, env=environment)
 
 
