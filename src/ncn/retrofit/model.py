@@ -32,7 +32,7 @@ class RetrofittedModel(LanguageModel):
     def __init__(self, handle: AttachedController, config: NCNConfig, base_name: str) -> None:
         super().__init__()
         self.config, self.base_name = config, base_name
-        self.controller, self.layout, self.checkpointing = handle.controller, handle.layout, False
+        self.controller = handle.controller
         self.__dict__.update(handle=handle, base=handle.model)  # out of the registered modules
 
     @property

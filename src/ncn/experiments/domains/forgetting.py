@@ -7,7 +7,7 @@ the time when it had gained so much on B. Their difference is what one of them s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -96,12 +96,4 @@ def at_equal_level(curves: Sequence[Curve], twins: Sequence[Curve]) -> dict[str,
         "first": float(own.mean()),
         "twin": float(other.mean()),
         "difference": mean_over_seeds(own - other),
-    }
-
-
-def mean_curve(curves: Sequence[Curve]) -> Mapping[str, list[float]]:
-    """Means over seeds, point by point."""
-    return {
-        "first": np.mean([curve.first for curve in curves], 0).tolist(),
-        "second": np.mean([curve.second for curve in curves], 0).tolist(),
     }
